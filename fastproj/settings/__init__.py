@@ -1,0 +1,129 @@
+"""Every setting, declared once (here) and read strictly (``read.py``).
+
+fastargs' ``Section`` and ``Param`` hold the declarations. Its own readers are not used: they ignore
+unknown keys, take ``False`` for true, cut 0.5 to 0 and exit 0 on an error. Here a file and the
+command line both arrive as text with a place, and one checker a setting turns text into a value.
+"""
+
+from fastargs import Config, Param, Section
+
+from fastproj.settings.checkers import Bool, Choice, File, Float, Floats, Int, OrNull, Text
+from fastproj.settings.read import Settings, load
+
+__all__ = ["PREPARE", "RUN", "Settings", "load"]
+
+_share = Float(low=0, high=1)
+_positive = Float(above=0)
+_not_negative = Float(low=0)
+_count = Int(low=1)
+_chances = OrNull(Floats(low=0, high=1))
+_strengths = OrNull(Floats(low=0))
+
+RUN = Config()
+Section("run", "the run and its folder", RUN).params(
+    name=Param(Text(), "folder of this run under run.dir; with --cfg the file's stem", "run"),
+    dir=Param(File(), "folder that holds the runs", "runs"),
+    seed=Param(Int(0, 2**63 - 1), "fixes weights, order, crops and views", 0),
+    device=Param(Choice("auto", "cpu", "cuda"), "where to compute; auto: cuda if there", "auto"),
+    resume=Param(Bool(), "go on from the newest checkpoint, on the next sample", False),
+)
+Section("data", "the betons and how they are read", RUN).params(
+    train=Param(File(), "beton to pre-train and to train probes on", required=True),
+    val=Param(OrNull(File()), "beton on which probes are scored"),
+    engine=Param(Choice("auto", "resident", "stream", "reference"), "loader engine", "auto"),
+    workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
+    memory_share=Param(_share, "resident if the set fits this share of free memory", 0.5),
+)
+Section(
+    "views", "crops and augmentation; null takes the preset's value, a list one a view", RUN
+).params(
+    preset=Param(Choice("simclr", "barlow", "byol"), "published augmentation", "simclr"),
+    size=Param(Int(8), "side of a crop, pixels", 32),
+    scale_min=Param(Float(above=0, high=1), "smallest crop, share of the image's area", 0.08),
+    scale_max=Param(Float(above=0, high=1), "largest crop, share of the image's area", 1.0),
+    flip=Param(_chances, "probability of a horizontal flip"),
+    jitter=Param(_chances, "probability of colour jitter"),
+    brightness=Param(_strengths, "jitter strength, factor 1 ± this"),
+    contrast=Param(_strengths, "jitter strength, factor 1 ± this"),
+    saturation=Param(_strengths, "jitter strength, factor 1 ± this"),
+    hue=Param(OrNull(Floats(low=0, high=0.5)), "jitter strength, ± this share of the circle"),
+    gray=Param(_chances, "probability of grayscale"),
+    blur=Param(_chances, "probability of Gaussian blur"),
+    solarise=Param(_chances, "probability of solarisation"),
+)
+Section("model", "the encoder", RUN).params(
+    encoder=Param(
+        Choice("resnet18", "resnet34", "resnet50", "resnet_small"), "architecture", "resnet18"
+    ),
+    stem=Param(Choice("cifar", "imagenet"), "first layers: small images or large", "cifar"),
+    sync_bn=Param(Bool(), "batch statistics over all ranks", False),
+)
+Section("projector", "the head between the encoder and the objective", RUN).params(
+    kind=Param(Choice("mlp", "linear", "none"), "architecture", "mlp"),
+    hidden=Param(_count, "width of hidden layers, units", 2048),
+    out=Param(_count, "width of the output, units", 256),
+    depth=Param(_count, "linear layers in an mlp", 2),
+    batch_norm=Param(Bool(), "batch normalisation after hidden layers", False),
+)
+Section("objective", "the loss on projected views", RUN).params(
+    name=Param(Choice("simclr"), "loss", "simclr"),
+    temperature=Param(_positive, "divides the cosine similarities", 0.2),
+)
+Section("optim", "optimiser and schedule", RUN).params(
+    optimiser=Param(Choice("lars", "sgd", "adamw"), "update rule", "lars"),
+    lr=Param(_positive, "peak learning rate for 256 samples; scaled by batch_size / 256", 0.4),
+    batch_size=Param(Int(2), "samples a step, over all ranks", 256),
+    accumulate=Param(_count, "parts a step is split into to save memory", 1),
+    epochs=Param(_count, "passes over the set", 200),
+    warmup_epochs=Param(_not_negative, "linear rise of the learning rate, epochs", 10.0),
+    warmup_lr=Param(_not_negative, "learning rate at step 0", 3e-5),
+    momentum=Param(Float(low=0, high=1), "of lars and sgd", 0.9),
+    weight_decay=Param(_not_negative, "on weights, never on biases and norms", 1e-4),
+    trust=Param(_positive, "trust coefficient of lars", 0.02),
+    probe_lr=Param(_positive, "learning rate of the online probe", 0.1),
+)
+Section("train", "precision, logging and checkpoints", RUN).params(
+    precision=Param(
+        Choice("auto", "float32", "bfloat16", "float16"), "auto: float32 on a CPU", "auto"
+    ),
+    compile=Param(Choice("auto", "true", "false"), "torch.compile; auto: where it pays", "auto"),
+    log_every=Param(_count, "steps between logged steps", 10),
+    checkpoint_every=Param(_count, "epochs between checkpoints", 1),
+    keep=Param(_count, "newest checkpoints kept", 2),
+    stop_after=Param(OrNull(_count), "leave after this many steps, as if interrupted"),
+)
+Section("eval", "frozen features and their probes", RUN).params(
+    checkpoint=Param(File(), "checkpoint file, or last: the run's newest", "last"),
+    size=Param(OrNull(Int(8)), "side of the centre crop, pixels; null: views.size"),
+    share=Param(Float(above=0, high=1), "centre crop, share of the shorter side", 1.0),
+    baselines=Param(Bool(), "probe raw pixels and a random encoder as well", False),
+    batch_size=Param(_count, "images in one forward pass", 512),
+    learning_rates=Param(Floats(above=0), "grid of the linear probe", (0.03, 0.1, 0.3, 1.0, 3.0)),
+    weight_decays=Param(Floats(low=0), "grid of the linear probe", (0.0, 1e-4)),
+    epochs=Param(_count, "passes of the linear probe over the features", 100),
+    probe_batch=Param(_count, "samples a step of the linear probe", 256),
+    holdout=Param(Float(above=0, high=0.9), "share of train that picks from the grid", 0.1),
+    knn_k=Param(_count, "neighbours that vote", 20),
+    knn_temperature=Param(_positive, "weight of a vote: exp(cosine / this)", 0.07),
+)
+
+PREPARE = Config()
+Section("data", "raw images to a beton and its manifest", PREPARE).params(
+    dataset=Param(
+        OrNull(
+            Choice("cifar10", "cifar100", "stl10", "imagenet", "imagenet100", "folder", "digits")
+        ),
+        "what to read; needed unless data.verify is given",
+    ),
+    root=Param(OrNull(File()), "folder of the raw images; digits need none"),
+    out=Param(OrNull(File()), "folder to write <split>.beton and <split>.json into"),
+    split=Param(Choice("all", "train", "val", "unlabeled"), "all: train and val", "all"),
+    download=Param(Bool(), "fetch the set into data.root first (cifar10, cifar100, stl10)", False),
+    store=Param(Choice("auto", "raw", "jpeg", "square"), "auto: raw if small, or jpeg", "auto"),
+    quality=Param(Int(1, 100), "JPEG quality", 90),
+    max_resolution=Param(OrNull(_count), "longest side in the jpeg store, pixels; null: as is"),
+    side=Param(Int(8), "side in the square store, pixels", 160),
+    workers=Param(Int(0), "processes; 0: every core this process may use", 0),
+    on_error=Param(Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"),
+    verify=Param(OrNull(File()), "beton to read whole and compare with its manifest"),
+)

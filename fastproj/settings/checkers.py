@@ -1,0 +1,149 @@
+"""What a setting may hold: text in, a value out, ``ValueError`` where the text does not fit."""
+
+import math
+import os
+import re
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from fastargs.validation import Checker
+
+Value = str | int | float | bool | tuple[float, ...] | None
+"""What a setting may hold: plain and immutable, so that JSON and checkpoints take it as it is."""
+
+
+class _Scalar(Checker):
+    """A checker of one piece of text; a list or null is refused. Refusals are ``ValueError``."""
+
+    def check(self, value: str | list[str] | None) -> Value:
+        if not isinstance(value, str):
+            raise ValueError
+        return self.parse(value)
+
+    @abstractmethod
+    def parse(self, text: str) -> Value: ...
+
+
+@dataclass(frozen=True)
+class Bool(_Scalar):
+    """true, yes, 1 or false, no, 0; never truthiness, which makes the text ``False`` true."""
+
+    def parse(self, text: str) -> bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+
+    def help(self) -> str:
+        return "true or false"
+
+
+@dataclass(frozen=True)
+class Float(_Scalar):
+    """A finite number with low <= x <= high and x > above; ``1e-4`` needs no dot."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+    def parse(self, text: str) -> float:
+        return self._bounded(float(text))
+
+    def help(self) -> str:
+        return "a number" + self._range()
+
+    def _bounded(self, value: Any) -> Any:
+        if not (abs(value) < math.inf and self.low <= value <= self.high and value > self.above):
+            raise ValueError
+        return value
+
+    def _range(self) -> str:
+        bounds = [("at least", self.low), ("above", self.above), ("at most", self.high)]
+        words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+        return " " + " and ".join(words) if words else ""
+
+
+@dataclass(frozen=True)
+class Int(Float):
+    """A whole number within the same bounds; ``1e3`` and ``1_000`` are, 0.5 is not."""
+
+    def parse(self, text: str) -> int:
+        try:
+            return self._bounded(int(text))
+        except ValueError:
+            number = self._bounded(float(text))
+            if number != int(number):
+                raise
+            return int(number)
+
+    def help(self) -> str:
+        return "a whole number" + self._range()
+
+
+@dataclass(frozen=True)
+class Floats(Float):
+    """A tuple of numbers; on the command line ``0.1,0.3``. One number is a list of one."""
+
+    def check(self, value: str | list[str] | None) -> tuple[float, ...]:
+        if isinstance(value, str):
+            value = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",")
+        if not value:
+            raise ValueError
+        return tuple(self.parse(text) for text in value)
+
+    def help(self) -> str:
+        return "numbers" + self._range()
+
+
+@dataclass(frozen=True)
+class Text(_Scalar):
+    """Printable and not empty, so that it can name a file and fits on one line."""
+
+    def parse(self, text: str) -> str:
+        if not text or not text.isprintable():
+            raise ValueError
+        return text
+
+    def help(self) -> str:
+        return "text"
+
+
+@dataclass(frozen=True)
+class File(Text):
+    """A path, as text; ``~`` is expanded, because a file has no shell to do it."""
+
+    def parse(self, text: str) -> str:
+        return os.path.expanduser(super().parse(text))
+
+    def help(self) -> str:
+        return "a path"
+
+
+class Choice(_Scalar):
+    """One of a few lower-case words, in any case."""
+
+    def __init__(self, *choices: str):
+        self.choices = choices
+
+    def parse(self, text: str) -> str:
+        if text.lower() not in self.choices:
+            raise ValueError
+        return text.lower()
+
+    def help(self) -> str:
+        return " | ".join(self.choices)
+
+
+@dataclass(frozen=True)
+class OrNull(Checker):
+    """The inner checker's values, or null."""
+
+    inner: Checker
+
+    def check(self, value: str | list[str] | None) -> Value:
+        unset = value is None or (isinstance(value, str) and value.lower() in ("null", "none"))
+        return None if unset else self.inner.check(value)
+
+    def help(self) -> str:
+        return self.inner.help() + ", or null"
