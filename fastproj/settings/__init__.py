@@ -23,7 +23,7 @@ RUN = Config()
 Section("run", "the run and its folder", RUN).params(
     name=Param(Text(), "folder of this run under run.dir; with --cfg the file's stem", "run"),
     dir=Param(File(), "folder that holds the runs", "runs"),
-    seed=Param(Int(0, 2**63 - 1), "fixes weights, order, crops and views", 0),
+    seed=Param(Int(0, 2**32 - 1), "fixes weights, order, crops and views", 0),
     device=Param(Choice("auto", "cpu", "cuda"), "where to compute; auto: cuda if there", "auto"),
     resume=Param(Bool(), "go on from the newest checkpoint, on the next sample", False),
 )

@@ -59,8 +59,10 @@ class Float(_Scalar):
         return value
 
     def _range(self) -> str:
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f" from {self.low:.10g} to {self.high:.10g}"
         bounds = [("at least", self.low), ("above", self.above), ("at most", self.high)]
-        words = [f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)]
+        words = [f"{word} {bound:.10g}" for word, bound in bounds if math.isfinite(bound)]
         return " " + " and ".join(words) if words else ""
 
 
