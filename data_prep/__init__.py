@@ -1,0 +1,1 @@
+"""Raw images to betons: the command ``data_prep/write_ffcv.py`` and its parts."""
