@@ -1,0 +1,285 @@
+"""Views: uint8 crops become the augmented, normalised floats that an encoder sees.
+
+``Views.sample`` draws every parameter of every sample, calling the module applies them. One
+vectorised chain serves all views at once: no loop over samples, no branch on data, no host sync,
+so the same code runs on CPU and GPU, eager and compiled. The operations and their order are
+torchvision's (flip, colour jitter in a drawn order, gray, Gaussian blur, solarise, normalise),
+computed in float32 without rounding to uint8 in between.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.errors import InputError
+
+Planes = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view is augmented: probabilities (0 to 1) and strengths.
+
+    ``flip``, ``jitter``, ``gray``, ``blur`` and ``solarise`` are probabilities. Brightness,
+    contrast and saturation are multiplied by a factor in [max(0, 1 - strength), 1 + strength],
+    hue is shifted by up to ``hue`` turns (at most 0.5) either way. ``sigma`` is the range of the
+    blur's standard deviation in pixels. Solarising inverts what is at least 0.5.
+    Raises ``InputError`` for a value out of its range.
+    """
+
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    gray: float = 0.2
+    blur: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "gray", "blur", "solarise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"views: {name} is {getattr(self, name)}; give a probability from 0 to 1"
+                )
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            limit = 0.5 if name == "hue" else math.inf
+            if not 0 <= getattr(self, name) <= limit:
+                raise InputError(
+                    f"views: {name} is {getattr(self, name)}; give a strength from 0 to {limit}"
+                )
+        if not 0 < self.sigma[0] <= self.sigma[1] < math.inf:
+            raise InputError(f"views: sigma is {self.sigma}; give 0 < lowest <= highest, in pixels")
+
+
+_MILD = View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+_RARELY_BLURRED = replace(_MILD, blur=0.1, solarise=0.2)
+
+PRESETS: dict[str, tuple[View, View]] = {
+    # Chen et al. 2020 at the strength Projector_Theory uses, on CIFAR and ImageNet alike.
+    "simclr": (View(), View()),
+    # Zbontar et al. 2021 as in Projector_Theory on ImageNet; on CIFAR it blurs none (blur 0).
+    "barlow": (_MILD, _RARELY_BLURRED),
+    # Grill et al. 2020, table 6, as in solo-learn: the two methods share these numbers.
+    "byol": (_MILD, _RARELY_BLURRED),
+}
+
+
+class Params(NamedTuple):
+    """What is done to each of N = views x samples crops, view-major; (N,) unless said otherwise.
+
+    An operation that was not drawn has its neutral value: factor 1, shift 0, sigma 0.
+    """
+
+    flip: Tensor  # bool
+    place: Tensor  # int64 (N, 4): when brightness, contrast, saturation, hue happen, 0 first
+    brightness: Tensor  # float32 factor
+    contrast: Tensor  # float32 factor
+    saturation: Tensor  # float32 factor
+    hue: Tensor  # float32 shift in turns, -0.5 to 0.5
+    gray: Tensor  # bool
+    sigma: Tensor  # float32, pixels
+    solarise: Tensor  # bool
+
+
+class Views(nn.Module):
+    """The augmentation of all views of a batch.
+
+    ``views``: one ``View`` a view. ``mean``, ``std``: per channel, for pixels in 0 to 1.
+    ``dtype``: of the output only, the arithmetic is float32.
+    """
+
+    probability: Tensor
+    low: Tensor
+    span: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.views = tuple(views)
+        self.dtype = dtype
+        # How far the blur reaches: 3 sigma, the widest of all views.
+        widest = max((v.sigma[1] for v in views if v.blur > 0), default=0.0)
+        self.reach = math.ceil(3 * widest)
+        low = torch.tensor(
+            [
+                [max(0.0, 1 - s) for s in (v.brightness, v.contrast, v.saturation)]
+                + [-v.hue, v.sigma[0]]
+                for v in views
+            ]
+        )
+        high = torch.tensor(
+            [
+                [1 + v.brightness, 1 + v.contrast, 1 + v.saturation, v.hue, v.sigma[1]]
+                for v in views
+            ]
+        )
+        chances = torch.tensor([[v.flip, v.jitter, v.gray, v.blur, v.solarise] for v in views])
+        deviation = torch.tensor(std, dtype=torch.float32)
+        for name, value in (
+            ("probability", chances),
+            ("low", low),
+            ("span", high - low),
+            ("scale", 1 / deviation),
+            ("shift", -torch.tensor(mean) / deviation),
+        ):
+            self.register_buffer(name, value, persistent=False)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the chain in place. Every batch has the same shape, so nothing is dynamic."""
+        super().compile(*args, **{"dynamic": False, "fullgraph": True, **options})
+
+    def sample(self, n: int, generator: torch.Generator) -> Params:
+        """Draw the parameters of ``n`` samples a view, on ``generator``'s device (the module's)."""
+        draws = torch.rand(len(self.views), n, 14, generator=generator, device=generator.device)
+        chance, value, keys = draws.split((5, 5, 4), dim=2)
+        flip, jitter, gray, blur, solarise = (
+            (chance < self.probability[:, None]).flatten(0, 1).unbind(1)
+        )
+        value = (self.low[:, None] + value * self.span[:, None]).flatten(0, 1)
+        brightness, contrast, saturation, hue, sigma = value.unbind(1)
+        return Params(
+            flip=flip,
+            place=keys.flatten(0, 1).argsort(1),  # sorting four uniform keys permutes uniformly
+            brightness=torch.where(jitter, brightness, 1.0),
+            contrast=torch.where(jitter, contrast, 1.0),
+            saturation=torch.where(jitter, saturation, 1.0),
+            hue=torch.where(jitter, hue, 0.0),
+            gray=gray,
+            sigma=torch.where(blur, sigma, 0.0),
+            solarise=solarise,
+        )
+
+    def forward(self, crops: Tensor, params: Params) -> Tensor:
+        """uint8 (N, 3, h, w) to ``dtype`` (N, 3, h, w) in channels-last memory, normalised.
+
+        Raises ``InputError`` where h or w is too small to reflect the blur's reach at its edges.
+        """
+        n, _, h, w = crops.shape
+        if min(h, w) <= self.reach:
+            raise InputError(
+                f"views: crops of {h} x {w} pixels are too small for a blur that reaches "
+                f"{self.reach}; lower sigma or set blur to 0"
+            )
+        red, green, blue = (plane.float() / 255 for plane in crops.unbind(1))
+        planes = _colour_jitter((red, green, blue), params)
+        luma = _luma(planes)
+        # (N, h, 3, w): the rows of an image, and the columns of each, are contiguous matrices.
+        image = torch.stack(
+            [torch.where(_spread(params.gray), luma, plane) for plane in planes], dim=2
+        )
+        down = _blur_matrix(params.sigma, self.reach, h)
+        across = _blur_matrix(params.sigma, self.reach, w)
+        # Colour is pixelwise and the blur symmetric: flipping the blur's columns flips the image.
+        across = torch.where(_spread(params.flip), across.flip(2), across)
+        image = torch.bmm(down, image.view(n, h, 3 * w)).view(n, h * 3, w)
+        image = torch.bmm(image, across.transpose(1, 2)).view(n, h, 3, w).transpose(2, 3)
+        bright = (image >= 0.5) & params.solarise[:, None, None, None]
+        image = torch.where(bright, 1 - image, image)
+        image = (image * self.scale + self.shift).to(self.dtype)
+        return image.contiguous().permute(0, 3, 1, 2)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """(N,) to (N, 1, 1)."""
+    return x[:, None, None]
+
+
+def _luma(planes: Planes) -> Tensor:
+    """ITU-R 601-2, with torchvision's four digits."""
+    red, green, blue = planes
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def _colour_jitter(planes: Planes, params: Params) -> Planes:
+    """Brightness, contrast, saturation and hue in each sample's own order.
+
+    Brightness, contrast and saturation are blends, and a blend with factor 1 changes nothing. So
+    hue, the dear one, is computed once, between blends that are neutral for the samples where they
+    come on its other side. Contrast needs the mean of the image at its own place: a first pass
+    stops there.
+    """
+    hue_place, contrast_place = params.place[:, 3], params.place[:, 1]
+
+    def blend(planes: Planes, place: int, active: Tensor, mean: Tensor) -> Planes:
+        here = (params.place == place) & active[:, None]
+        is_brightness, is_contrast, is_saturation, _ = here.unbind(1)
+        factor = torch.where(
+            is_brightness,
+            params.brightness,
+            torch.where(
+                is_contrast, params.contrast, torch.where(is_saturation, params.saturation, 1.0)
+            ),
+        )
+        rest = _spread(torch.where(is_saturation, 1 - factor, 0.0)) * _luma(planes)
+        rest = rest + _spread(torch.where(is_contrast, 1 - factor, 0.0) * mean)
+        red, green, blue = ((_spread(factor) * x + rest).clamp(0, 1) for x in planes)
+        return red, green, blue
+
+    # The first pass holds brightness, saturation and hue at most: hue splits two blends.
+    before = params.place < contrast_place[:, None]
+    none = torch.zeros_like(params.contrast)
+    prefix = planes
+    for place in (0, 1):
+        prefix = blend(prefix, place, (place < hue_place) & (place < contrast_place), none)
+    prefix = _shift_hue(prefix, torch.where(before[:, 3], params.hue, 0.0))
+    for place in (1, 2):
+        prefix = blend(prefix, place, (place > hue_place) & (place < contrast_place), none)
+    mean = _luma(prefix).mean(dim=(1, 2))
+
+    for place in (0, 1, 2):
+        planes = blend(planes, place, place < hue_place, mean)
+    planes = _shift_hue(planes, params.hue)
+    for place in (1, 2, 3):
+        planes = blend(planes, place, place > hue_place, mean)
+    return planes
+
+
+def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
+    """Turn the hue, keep saturation and value: HSV there and back without computing S.
+
+    With h in sixths of a turn, each channel is min + (max - min) x a trapezium in h.
+    """
+    red, green, blue = planes
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    inverse = 1 / chroma.clamp_min(1e-12)  # gray pixels: 0 x 1e12, any hue will do
+    hue = torch.where(
+        high == red,
+        (green - blue) * inverse,
+        torch.where(high == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
+    )
+    hue = hue + _spread(6 * turns)
+    hue = hue - 6 * torch.floor(hue * (1 / 6))
+    red = ((hue - 3).abs() - 1).clamp(0, 1)
+    green = (2 - (hue - 2).abs()).clamp(0, 1)
+    blue = (2 - (hue - 4).abs()).clamp(0, 1)
+    return low + chroma * red, low + chroma * green, low + chroma * blue
+
+
+def _blur_matrix(sigma: Tensor, reach: int, size: int) -> Tensor:
+    """(N, size, size): a Gaussian of 2 x reach + 1 taps along one axis, edges reflected.
+
+    The taps are torchvision's ``gaussian_blur`` with that kernel size; sigma 0 is the identity.
+    """
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    taps = torch.exp(-(offset**2) / (2 * sigma[:, None] ** 2).clamp_min(1e-6))
+    taps = taps / taps.sum(dim=1, keepdim=True)
+    axis = torch.arange(size, device=sigma.device)
+    last = size - 1
+    source = last - (last - (axis[:, None] + offset).abs()).abs()
+    return torch.einsum("nt,itj->nij", taps, (source[:, :, None] == axis).float())
