@@ -67,7 +67,12 @@ def upright_rgb(item: str | np.ndarray) -> Image.Image:
 
 
 def resized(image: Image.Image, store: Store) -> Image.Image:
-    """``image`` at the size the store keeps; antialiased."""
+    """``image`` at the size the store keeps; antialiased.
+
+    Bicubic, because crops from it should equal crops from the original: bilinear random resized
+    crops of 60 photographs to 96 pixels differ by 1.6/255 through a 160-pixel square made so
+    (bilinear 2.2, box 2.4, Lanczos 1.5 at 1.5 times bicubic's cost).
+    """
     if store.kind == "square":
         assert store.side
         size = (store.side, store.side)

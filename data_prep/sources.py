@@ -63,7 +63,10 @@ def open_sources(
     chosen = [source for source in sources if split in ("all", source.split)]
     if not chosen:
         there = ", ".join(source.split for source in sources)
-        raise InputError(f"{root or dataset}: no split {split}; there is: {there}")
+        raise InputError(
+            f"{root or dataset}: dataset {dataset} has no split {split}"
+            + (f"; found {there}" if there else "")
+        )
     for source in chosen:
         if len(source.classes) < 2:
             raise InputError(
@@ -187,6 +190,11 @@ def _imagenet100(folder: Path) -> tuple[str, ...]:
     return wnids
 
 
+def _fail(error: OSError) -> None:
+    """os.walk would pass over a folder that it cannot read."""
+    raise error
+
+
 def _subfolders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
@@ -204,7 +212,7 @@ def _image_folder(root: Path, split: str, folder: Path, classes: tuple[str, ...]
     labels: list[int] = []
     for label, name in enumerate(classes):
         before = len(images)
-        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
+        for place, _, files in sorted(os.walk(folder / name, onerror=_fail, followlinks=True)):
             paths = (os.path.join(place, file) for file in sorted(files))
             images.extend(path for path in paths if path.lower().endswith(SUFFIXES))
         if len(images) == before:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -42,7 +43,7 @@ from fastproj.manifest import (
     verify,
     write_manifest,
 )
-from fastproj.settings import PREPARE, load
+from fastproj.settings import PREPARE, Settings, load
 
 CHUNK = 64  # images a worker is handed at a time, at most
 SMALL = ("cifar10", "cifar100", "stl10", "digits")  # stored raw by default
@@ -126,7 +127,7 @@ class SplitWriter:
             waiting.append(
                 self.pool.submit(encode_chunk, list(source.images[chunk]), labels, self.store)
             )
-            if len(waiting) > 4 * self.workers:
+            if len(waiting) > 2 * self.workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -186,6 +187,7 @@ def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float
 def _start_worker() -> None:
     """Ctrl-C is the parent's to handle; and no worker outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks: ImageNet has hundreds
     parent = multiprocessing.parent_process()
     assert parent
 
@@ -212,23 +214,31 @@ def _verify(path: str) -> int:
     return 1 if damages else 0
 
 
+def _store(settings: Settings) -> Store:
+    """The store asked for; ``SettingError`` for a setting that this store would ignore."""
+    data = settings.data
+    small = data.dataset in SMALL
+    kind = data.store if data.store != "auto" else "raw" if small else "jpeg"
+    kept = {}
+    for name, owner in (("quality", "jpeg"), ("max_resolution", "jpeg"), ("side", "square")):
+        if kind == owner:
+            kept[name] = getattr(data, name)
+        elif settings.sources()[f"data.{name}"] != "default":
+            raise SettingError(f"data.{name} needs --data.store {owner}, the store here is {kind}")
+    return Store(kind, **kept)
+
+
 def main(argv: Sequence[str]) -> int:
     """Write every split asked for, or verify one file; see the module's docstring."""
     program = "data_prep/write_ffcv.py"
-    data = load(PREPARE, argv, f"python {program}", "Raw images to betons.").data
+    settings = load(PREPARE, argv, f"python {program}", "Raw images to betons.")
+    data = settings.data
     if data.verify:
         return _verify(data.verify)
     for name in ("dataset", "out"):
         if getattr(data, name) is None:
             raise SettingError(f"data.{name} is missing: give --data.{name} VALUE")
-    small = data.dataset in SMALL
-    kind = data.store if data.store != "auto" else "raw" if small else "jpeg"
-    store = Store(
-        kind=kind,
-        quality=data.quality if kind == "jpeg" else None,
-        max_resolution=data.max_resolution if kind == "jpeg" else None,
-        side=data.side if kind == "square" else None,
-    )
+    store = _store(settings)
     out = Path(data.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

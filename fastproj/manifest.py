@@ -170,6 +170,8 @@ def read_manifest(path: Path) -> Manifest:
     if content["format"] != FORMAT:
         raise InputError(f"{path}: manifest format {content['format']}, expected {FORMAT}; {again}")
     for name in ("classes", "mean", "std", "skipped"):
+        if not isinstance(content[name], list):
+            raise InputError(f"{path}: {name} is not a list; {again}")
         content[name] = tuple(content[name])
     return Manifest(**content)
 
