@@ -1,0 +1,98 @@
+"""What every engine gives: batches of uint8 crops, and a cursor that a checkpoint can keep."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastproj.loaders.boxes import Center, Crop, draw
+from fastproj.loaders.order import Order
+from fastproj.manifest import Beton
+
+
+class Batch(NamedTuple):
+    """One step's input, owned by whoever receives it: nothing is overwritten behind them.
+
+    ``crops``: for each crop group uint8 (views·B, 3, size, size) in channels-last memory on the
+    device, view-major (all of view 1, then all of view 2). ``labels``, ``index``: int64 (B,).
+    """
+
+    crops: tuple[Tensor, ...]
+    labels: Tensor
+    index: Tensor
+
+
+class Loader(ABC):
+    """Iterates over the rest of the current epoch, then stands at the start of the next one.
+
+    ``len(loader)`` is the number of steps of a whole epoch. ``cursor`` is the (epoch, step) that
+    comes next, ``seek`` puts it anywhere. Use it as a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self, beton: Beton, groups: Sequence[Crop | Center], order: Order, device: torch.device
+    ) -> None:
+        self.beton, self.groups, self.order, self.device = beton, tuple(groups), order, device
+        self.cursor = (0, 0)
+        self._running: Generator[Batch, None, None] | None = None
+        self.reason = ""  # why open_loader chose this engine, in one line
+
+    def __len__(self) -> int:
+        return self.order.steps
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Continue at ``step`` of ``epoch``; a step past the end is the next epoch's first."""
+        self.cursor = (epoch, step) if step < len(self) else (epoch + 1, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._rest_of_epoch()
+        return self._running
+
+    def _rest_of_epoch(self) -> Generator[Batch, None, None]:
+        epoch, first = self.cursor
+        with closing(self._batches(epoch, range(first, len(self)))) as batches:
+            for step, batch in enumerate(batches, first):
+                self.seek(epoch, step + 1)
+                yield batch
+
+    @abstractmethod
+    def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
+        """The batches of these steps. A generator: closing it must stop whatever it started."""
+
+    def _boxes(self, epoch: int, positions: np.ndarray) -> list[np.ndarray]:
+        return draw(self.groups, self.beton, positions, self.order.seed, epoch)
+
+    def close(self) -> None:
+        """End the iteration under way, if there is one: its threads or processes are joined.
+
+        Leaving a ``for`` loop does the same as soon as nothing refers to its iterator, which an
+        exception's traceback may do for long.
+        """
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of a host array on the device; nobody waits for it."""
+    tensor = torch.from_numpy(np.array(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
