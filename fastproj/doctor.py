@@ -1,0 +1,214 @@
+"""Command: what this machine has, what is missing, and the one line that mends it.
+
+``python -m fastproj.doctor`` tries each thing fastproj uses, as fastproj uses it, and prints one
+line for each. Exit code 0 if the main job can run here, 1 if something it needs is missing. What
+only makes it faster (a GPU, DALI, a compiler) is shown, and is no failure.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, run_command
+
+CHECKOUT = shlex.quote(str(Path(__file__).parents[1]))
+LOOK_AGAIN = ".venv/bin/python -m fastproj.doctor"
+SET_UP = f"cd {CHECKOUT} && ./setup.sh && {LOOK_AGAIN}"
+SET_UP_DALI = f"cd {CHECKOUT} && ./setup.sh dali && {LOOK_AGAIN}"
+SET_UP_AFRESH = f"cd {CHECKOUT} && rm -rf .venv && ./setup.sh && {LOOK_AGAIN}"
+
+# What pyproject.toml asks for -> what is imported. FFCV and torch have checks of their own.
+PACKAGES = {
+    "fastargs": "fastargs",
+    "matplotlib": "matplotlib",
+    "numba": "numba",
+    "numpy": "numpy",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "psutil": "psutil",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "setuptools": "setuptools",
+    "simplejpeg": "simplejpeg",
+    "terminaltables": "terminaltables",
+    "torchvision": "torchvision",
+    "tqdm": "tqdm",
+}
+ENOUGH_MEMORY = 2 << 30  # bytes: torch, FFCV's compiler and the demo's data
+ENOUGH_DISK = 1 << 30  # bytes: the demo's betons and checkpoints, with room for a real run's
+
+
+class Missing(Exception):
+    """``args``: what is missing, and the line that mends it."""
+
+
+def python() -> str:
+    return f"{sys.version.split()[0]} ({sys.executable})"
+
+
+def torch() -> str:
+    library = _load("torch")
+    return f"{library.__version__}, built for CUDA {library.version.cuda}"
+
+
+def packages() -> str:
+    for module in PACKAGES.values():
+        _load(module)
+    return f"{len(PACKAGES)} others load"
+
+
+def ffcv() -> str:
+    """Load FFCV's library and let it crop: 4 × 4 pixels of one colour stay that colour."""
+    np = _load("numpy")
+    library = _load("ffcv.libffcv")
+    source = np.full((8, 8, 3), 77, np.uint8)
+    target = np.zeros((4, 4, 3), np.uint8)
+    library.resize_crop(source, 2, 6, 2, 6, target)
+    if not (target == 77).all():
+        raise Missing("FFCV's library loads and crops wrongly", SET_UP_AFRESH)
+    return f"{importlib.metadata.version('ffcv')}, its library loads and crops"
+
+
+def turbojpeg() -> str:
+    """Decode a JPEG of 16 × 16 pixels of one colour through FFCV."""
+    np = _load("numpy")
+    image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    stored = np.frombuffer(_load("simplejpeg").encode_jpeg(image, quality=95), np.uint8)
+    decoded = np.zeros_like(image)
+    _load("ffcv.libffcv").imdecode(stored, decoded, 16, 16, 16, 16)
+    if abs(decoded.astype(int) - image).max() > 4:
+        raise Missing("turbojpeg decodes wrong colours", SET_UP_AFRESH)
+    return "decodes"
+
+
+def cores() -> str:
+    machine = _load("fastproj.machine")
+    return f"{machine.cores()} of this machine's {os.cpu_count()} for this process"
+
+
+def memory() -> str:
+    total, available = _load("fastproj.machine").memory()
+    says = f"{_gib(available)} of {_gib(total)} available"
+    if available < ENOUGH_MEMORY:
+        raise Missing(
+            f"{says}, the demo needs {_gib(ENOUGH_MEMORY)}",
+            "end other programs, or raise the container's limit: docker run --memory 4g",
+        )
+    return says
+
+
+def disk() -> str:
+    """The folder the command runs in is where runs and betons go."""
+    folder = Path.cwd()
+    if not os.access(folder, os.W_OK):
+        raise Missing(f"{folder} cannot be written to", f"sudo chown -R {os.getuid()} {folder}")
+    free = shutil.disk_usage(folder).free
+    if free < ENOUGH_DISK:
+        raise Missing(
+            f"{_gib(free)} free at {folder}, the demo needs {_gib(ENOUGH_DISK)}",
+            f"du -xh -d 2 {folder} | sort -h | tail   # and delete what you can spare",
+        )
+    return f"{_gib(free)} free at {folder}"
+
+
+def gpu() -> str:
+    library = _load("torch")
+    if library.version.cuda is None:
+        raise Missing("this torch is built without CUDA: all runs on the CPU", SET_UP_AFRESH)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        works = library.cuda.is_available()
+    if not works:
+        why = str(caught[-1].message).split(". ")[0] if caught else "none that CUDA can use"
+        raise Missing(
+            f"{why}: all runs on the CPU, smaller",
+            "nvidia-smi   # must list it: install NVIDIA's driver; in Docker: --gpus all",
+        )
+    found = map(library.cuda.get_device_properties, range(library.cuda.device_count()))
+    return ", ".join(f"{each.name} {_gib(each.total_memory)}" for each in found)
+
+
+def dali() -> str:
+    return str(_load("nvidia.dali", SET_UP_DALI).__version__)
+
+
+def compiler() -> str:
+    """Compile what torch.compile writes for a CPU: C++ that includes Python.h, with OpenMP."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise Missing(f"no {name}: models run without torch.compile, slower", SET_UP)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <omp.h>\n#include <vector>\n")
+        headers = sysconfig.get_path("include")
+        command = [name, "-c", "-fopenmp", f"-I{headers}", str(source), "-o", f"{folder}/probe.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+        raise Missing(f"{name} fails: {why}", SET_UP)
+    return f"{shutil.which(name)} compiles for torch.compile"
+
+
+# A name, its check, and whether the main job needs it.
+CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
+    ("Python", python, True),
+    ("torch", torch, True),
+    ("packages", packages, True),
+    ("FFCV", ffcv, True),
+    ("turbojpeg", turbojpeg, True),
+    ("cores", cores, True),
+    ("memory", memory, True),
+    ("disk", disk, True),
+    ("GPU", gpu, False),
+    ("DALI", dali, False),
+    ("compiler", compiler, False),
+)
+
+
+def _load(module: str, mend: str = SET_UP) -> Any:
+    """The module, or ``Missing``: told apart are one that is not there and one that is broken."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise Missing(f"no module {error.name}", mend) from error
+    except Exception as error:
+        raise Missing(f"{module} is broken: {error}", SET_UP_AFRESH) from error
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print what each check finds. ``InputError`` names what the main job lacks."""
+    parser = argparse.ArgumentParser(prog="python -m fastproj.doctor", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.parse_args(argv)
+    lacking = []
+    for name, check, needed in CHECKS:
+        try:
+            print(f"  ok       {name:10} {check()}", flush=True)
+        except Missing as missing:
+            what, mend = missing.args
+            print(f"  {'MISSING' if needed else 'without'}  {name:10} {' '.join(what.split())}")
+            print(f"{'':21} mend: {mend}", flush=True)
+            if needed:
+                lacking.append(name)
+    if lacking:
+        raise InputError(f"the main job cannot run here: mend {', '.join(lacking)} as said above")
+    print("The main job can run here.")
+
+
+if __name__ == "__main__":
+    run_command(main)
