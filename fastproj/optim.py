@@ -46,11 +46,11 @@ class Lars(torch.optim.Optimizer):
     [You et al. 2017, arXiv 1708.03888], in the clipped form of apex's LARC, as
     ``timm.optim.Lars(trust_clip=True)`` computes it: with decay λ and gradient g,
 
-        ratio = min(1, trust·‖w‖ / (‖g‖ + λ‖w‖ + 1e-8) / lr),  or 1 where ‖w‖ or ‖g‖ is 0
-        m ← momentum·m + ratio·(g + λw);  w ← w − lr·m
+        rate = trust·‖w‖ / (‖g‖ + λ‖w‖ + 1e-8),  or 1 where ‖w‖ or ‖g‖ is 0
+        m ← momentum·m + min(1, rate/lr)·(g + λw);  w ← w − lr·m
 
-    Groups with ``adapt=False`` take ratio = 1: plain SGD with momentum. All tensors of a group are
-    handled by a few multi-tensor calls and nothing waits for the device.
+    Groups with ``adapt=False`` put 1 for that minimum: plain SGD with momentum. All tensors of a
+    group are handled by a few multi-tensor calls and nothing waits for the device.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Lars(torch.optim.Optimizer):
 def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: Group) -> list[Tensor]:
     weight = torch.stack(torch._foreach_norm(params))
     gradient = torch.stack(torch._foreach_norm(grads))
-    ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight + 1e-8)
-    ratio = torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
-    return list((ratio / group["lr"]).clamp(max=1.0).unbind())
+    rate = group["trust"] * weight / (gradient + group["weight_decay"] * weight + 1e-8)
+    rate = torch.where((weight > 0) & (gradient > 0), rate, 1.0)
+    return list((rate / group["lr"]).clamp(max=1.0).unbind())
 
 
 def build_optimiser(
