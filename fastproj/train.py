@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fastproj import checkpoint, dist
+from fastproj.device import choose_device, choose_precision
 from fastproj.encoder import build_encoder
 from fastproj.errors import InputError, run_command
 from fastproj.journal import Journal, RunClock, write_environment
 from fastproj.journal import read as read_journal
+from fastproj.learner import Learner
 from fastproj.loaders import Crop, Loader, open_loader
 from fastproj.manifest import Beton, open_beton
 from fastproj.objective import OBJECTIVES
@@ -30,24 +32,7 @@ from fastproj.settings import RUN, Settings, load
 from fastproj.views import PRESETS, View, Views
 
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
-FREE_TO_CHANGE = ("run.", "data.", "train.", "eval.")
-
-
-class Learner(nn.Module):
-    """Encoder, projector and online probe as one module, so that DDP and compile see one call."""
-
-    def __init__(self, encoder: nn.Module, projector: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.encoder, self.projector = encoder, projector
-        self.probe = nn.Linear(encoder.features, classes)  # type: ignore[arg-type]
-
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (n, 3, h, w) to projections (n, d) and the probe's logits (n, classes).
-
-        The probe sees detached features: it learns from them and teaches them nothing.
-        """
-        features = self.encoder(views)
-        return self.projector(features), self.probe(features.detach())
+FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
 
 
 def build_learner(settings: Settings, classes: int) -> Learner:
@@ -79,27 +64,6 @@ def build_views(settings: Settings, beton: Beton) -> Views:
                 changes[name] = given[number % len(given)]
         views.append(replace(view, **changes))
     return Views(views, beton.manifest.mean, beton.manifest.std)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises InputError for a device that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "run.device is cuda but torch sees no GPU: run python -m fastproj.doctor, or use "
-            "--run.device cpu"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype; ``auto`` is float32 on a CPU, else bfloat16 where the GPU has it."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            name
-        ]
-    if device.type == "cpu":
-        return torch.float32  # bfloat16 convolutions are 3-5 times slower without AMX
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 class Interruption:
@@ -139,9 +103,8 @@ class Trainer:
             )
         self.views = build_views(settings, self.beton)
         self.loader = self._open_loader()
-        self.learner = build_learner(settings, classes).to(
-            device, memory_format=torch.channels_last
-        )
+        self.learner = build_learner(settings, classes).to(device)
+        self.learner.to(memory_format=torch.channels_last)
         self.views.to(device)
         self.precision = choose_precision(settings.train.precision, device)
         self.scaler = torch.amp.GradScaler(

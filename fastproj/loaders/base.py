@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from fastproj.loaders.order import Order
 from fastproj.manifest import Beton
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One step's input, owned by whoever receives it: nothing is overwritten behind them.
 
     ``crops``: for each crop group uint8 (views·B, 3, size, size) in channels-last memory on the
