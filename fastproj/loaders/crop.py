@@ -37,15 +37,17 @@ def crop_each(
             )
 
 
-def crop_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_batch(
+    images: Tensor, boxes: Tensor, size: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """All views of a batch at once.
 
     ``images`` (B, 3, H, W) uint8, any padding outside the boxes is never read; ``boxes``
     (views, B, 4) int64 on the same device. Returns (views, B, 3, size, size) uint8 in
-    channels-last memory. Products run in float32 on a CPU and in float16 elsewhere: pixels are
-    exact in it, and what the weights lose stays under half a grey level.
+    channels-last memory. Products run in ``dtype``, by default float32 on a CPU and float16
+    elsewhere: pixels are exact in it, and what the weights lose stays under half a grey level.
     """
-    dtype = torch.float32 if images.device.type == "cpu" else torch.float16
+    dtype = dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
     batch, channels, height, width = images.shape
     rows = images.reshape(batch, channels * height, width).to(dtype)
     out = batch_like(boxes.shape[0], batch, size, images.device)
