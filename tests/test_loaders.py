@@ -115,7 +115,7 @@ def test_a_loader_continues_in_the_middle_and_goes_on_to_the_next_epoch(beton: B
         whole = epoch(beton, engine, 1) + epoch(beton, engine, 2)
         with open_loader(beton, GROUPS, 8, engine=engine) as loader:
             loader.seek(1, 2)
-            for batch in loader:
+            for _ in loader:
                 if loader.cursor == (1, 4):
                     break
             rest = [*loader, *loader]
