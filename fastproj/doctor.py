@@ -17,10 +17,13 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, run_command
+from fastproj.errors import InputError, run_command
 
 CHECKOUT = shlex.quote(str(Path(__file__).parents[1]))
 LOOK_AGAIN = ".venv/bin/python -m fastproj.doctor"
@@ -69,27 +72,35 @@ def packages() -> str:
 
 
 def ffcv() -> str:
-    """Load FFCV's library and let it crop: 4 × 4 pixels of one colour stay that colour."""
-    np = _load("numpy")
-    library = _load("ffcv.libffcv")
-    source = np.full((8, 8, 3), 77, np.uint8)
-    target = np.zeros((4, 4, 3), np.uint8)
-    library.resize_crop(source, 2, 6, 2, 6, target)
-    if not (target == 77).all():
-        raise Missing("FFCV's library loads and crops wrongly", SET_UP_AFRESH)
-    return f"{importlib.metadata.version('ffcv')}, its library loads and crops"
+    """Try FFCV's library in a process of its own: a damaged one kills the process that loads it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_try_ffcv).result()
+        except BrokenProcessPool as error:
+            raise Missing("its library kills the process that loads it", SET_UP_AFRESH) from error
+
+
+def _try_ffcv() -> str:
+    """Crop an image of one colour, and decode a JPEG of it."""
+    np, library = _load("numpy"), _load("ffcv.libffcv")
+    image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    cropped, decoded = np.zeros((4, 4, 3), np.uint8), np.zeros_like(image)
+    library.resize_crop(image, 2, 10, 2, 10, cropped)
+    stored = np.frombuffer(_load("simplejpeg").encode_jpeg(image, quality=95), np.uint8)
+    library.imdecode(stored, decoded, 16, 16, 16, 16)
+    if (cropped != image[:4, :4]).any() or abs(decoded.astype(int) - image).max() > 4:
+        raise Missing("its library crops or decodes wrongly", SET_UP_AFRESH)
+    return f"{importlib.metadata.version('ffcv')}, its library loads, crops and decodes"
 
 
 def turbojpeg() -> str:
-    """Decode a JPEG of 16 × 16 pixels of one colour through FFCV."""
-    np = _load("numpy")
+    """Decode a JPEG of one colour."""
+    np, simplejpeg = _load("numpy"), _load("simplejpeg")
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    stored = np.frombuffer(_load("simplejpeg").encode_jpeg(image, quality=95), np.uint8)
-    decoded = np.zeros_like(image)
-    _load("ffcv.libffcv").imdecode(stored, decoded, 16, 16, 16, 16)
+    decoded = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(image, quality=95))
     if abs(decoded.astype(int) - image).max() > 4:
-        raise Missing("turbojpeg decodes wrong colours", SET_UP_AFRESH)
-    return "decodes"
+        raise Missing("it decodes wrong colours", SET_UP_AFRESH)
+    return f"decodes (simplejpeg {importlib.metadata.version('simplejpeg')})"
 
 
 def cores() -> str:

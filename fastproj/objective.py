@@ -47,11 +47,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     with torch.autocast(z1.device.type, enabled=False):
         dtype = torch.promote_types(z1.dtype, torch.float32)
         views = normalise(torch.cat([z1, z2]).to(dtype))
-        anchors = torch.arange(len(views), device=views.device)
-        first = dist.rank() * len(views)  # where this rank's views lie among the gathered
         logits = views @ dist.gather(views).T / temperature
-        logits[anchors, first + anchors] = -torch.inf  # an anchor is not its own negative
-        positives = first + anchors.roll(len(z1))
+        first = dist.rank() * len(views)  # where this rank's views lie among the gathered
+        logits.diagonal(first).fill_(-torch.inf)  # an anchor is not its own negative
+        positives = first + torch.arange(len(views), device=views.device).roll(len(z1))
         return F.cross_entropy(logits, positives)
 
 

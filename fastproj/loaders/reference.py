@@ -51,6 +51,7 @@ class ReferenceLoader(Loader):
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it draws from the global one, and a resume differs
         )
         for crops, labels, index in loader:
             yield Batch(
