@@ -97,6 +97,7 @@ install_ffcv() {
     rm -r "$shim"
 }
 
+[ -z "${PYTHON:-}" ] || usable "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11 or newer"
 python=$(find_python)
 missing=$(missing_packages "$python" | xargs)
 if [ -n "$missing" ]; then

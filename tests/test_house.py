@@ -1,0 +1,108 @@
+"""The shape of the house: imports point up, only commands see settings, recipes parse."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+
+# A room may import the rooms before it, never one behind it.
+ROOMS = [
+    *["errors", "machine", "device", "settings", "dist", "manifest", "loaders", "views"],
+    *["encoder", "projector", "learner", "objective", "optim", "checkpoint", "journal"],
+    *["features", "probe", "data_prep", "train", "evaluate", "doctor", "bench", "demo"],
+]
+COMMANDS = {"data_prep", "train", "evaluate", "doctor", "bench", "demo"}
+
+SOURCES = sorted([*(ROOT / "fastproj").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+RECIPES = sorted((ROOT / "rcfg").glob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room(module: str) -> str:
+    """``fastproj.loaders.order`` -> ``loaders``; the package itself, and not ours: empty."""
+    parts = module.split(".") + [""]
+    return parts[1] if parts[0] == "fastproj" else parts[0] if parts[0] == "data_prep" else ""
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import in a file, relative ones spelled out, inner ones too."""
+    package = dotted(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # "from fastproj import dist" names a room behind the package.
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    sample = tmp_path / "fastproj" / "loaders" / "sample.py"
+    sample.parent.mkdir(parents=True)
+    sample.write_text(
+        "import fastproj.errors, torch.nn\n"
+        "from fastproj import dist\n"
+        "from ..views import Views\n"
+        "def late():\n"
+        "    from . import order\n"
+        "    from .. import train as t\n"
+        "    from data_prep.sources import Source\n"
+    )
+    found = [room(module) for _, module in sorted(imports(sample))]
+    assert found == ["errors", "", "dist", "views", "loaders", "train", "data_prep"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_point_up(path):
+    here = room(dotted(path))
+    assert not here or here in ROOMS, f"{name(path)}: give the room {here} its place in ROOMS"
+    for line, module in imports(path):
+        there = room(module)
+        if there in ROOMS and there != here:
+            above = ROOMS[: ROOMS.index(here)] if here else []
+            assert there in above, f"{name(path)}:{line} imports {module}, which lies below it"
+            assert there != "settings" or here in COMMANDS, (
+                f"{name(path)}:{line} imports settings, which only commands see"
+            )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_file_fits_a_readers_head(path):
+    assert len(path.read_text().splitlines()) < 400
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_parses(path):
+    from fastproj.settings import RUN, load
+
+    settings = load(RUN, ["--cfg", str(path)], prog="test", description="")
+    assert any(source != "default" for source in settings.sources().values())
+
+
+def test_the_tested_versions_lie_within_the_bounds():
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|^-|@", text, re.M), "a registry or an option"
+    pins = dict(line.lower().split("==") for line in text.splitlines() if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for line in sum(extras, project["dependencies"]):
+        asked = Requirement(line)
+        pinned = pins[asked.name.lower()]
+        assert asked.specifier.contains(pinned), f"{line}, and constraints.txt pins {pinned}"
