@@ -45,7 +45,7 @@ from fastproj.manifest import (
 )
 from fastproj.settings import PREPARE, Settings, load
 
-CHUNK = 64  # images a worker is handed at a time, at most
+CHUNK = 16  # images a worker is handed at a time; more would cost memory, and wait at Ctrl-C
 SMALL = ("cifar10", "cifar100", "stl10", "digits")  # stored raw by default
 
 
@@ -118,11 +118,9 @@ class SplitWriter:
 
     def _chunks(self, source: Source) -> Iterator[tuple[list[Stored | Unreadable], np.ndarray]]:
         """``encode_chunk``'s results in order; a bounded number of chunks is under way."""
-        count = len(source.labels)
-        size = max(1, min(CHUNK, count // (4 * self.workers)))
         waiting: deque[Future] = deque()
-        for start in range(0, count, size):
-            chunk = slice(start, start + size)
+        for start in range(0, len(source.labels), CHUNK):
+            chunk = slice(start, start + CHUNK)
             labels = source.labels[chunk].tolist()
             waiting.append(
                 self.pool.submit(encode_chunk, list(source.images[chunk]), labels, self.store)
