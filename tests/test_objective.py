@@ -106,6 +106,21 @@ def test_finite_at_low_temperature_with_long_rows(dtype):
     assert loss.isfinite() and z1.grad.isfinite().all() and z2.grad.isfinite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_agrees_and_is_not_waited_for():
+    z1, z2 = two_views(64, 32)
+    on_gpu = [z.half().cuda().requires_grad_() for z in (z1, z2)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.float16):
+            loss = nt_xent(*on_gpu, 0.05)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == pytest.approx(nt_xent(z1.half(), z2.half(), 0.05).item(), rel=1e-4)
+
+
 def test_rows_of_zeros_stay_harmless():
     """A discretised projector gives them: finite loss, and a gradient no longer than the others'
     by orders of magnitude (dividing by a floor of 1e-12 would make it 1e9)."""

@@ -89,6 +89,23 @@ def test_lars_leaves_gradients_alone_and_stops_at_rate_zero():
         assert p.grad is None if grad is None else torch.equal(p.grad, grad)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_lars_never_waits_for_the_gpu():
+    here = sum(random_params(), [])
+    there = [nn.Parameter(p.detach().cuda()) for p in here]
+    fill_grads(here, [], 0)
+    for p, q in zip(here, there, strict=True):
+        q.grad = None if p.grad is None else p.grad.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        Lars(there, lr=0.4, weight_decay=1e-4).step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    Lars(here, lr=0.4, weight_decay=1e-4).step()
+    torch.testing.assert_close([p.cpu() for p in there], here)
+
+
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_state_survives_a_safe_file(name, tmp_path):
     """Three steps, saved, loaded with weights_only, three more: as six at once, bit for bit."""
