@@ -226,13 +226,9 @@ def _store(settings: Settings) -> Store:
     return Store(kind, **kept)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write every split asked for, or verify one file; see the module's docstring."""
-    program = "data_prep/write_ffcv.py"
-    settings = load(PREPARE, argv, f"python {program}", "Raw images to betons.")
+def _write(settings: Settings, command: str) -> int:
+    """Write every split asked for, one line each."""
     data = settings.data
-    if data.verify:
-        return _verify(data.verify)
     for name in ("dataset", "out"):
         if getattr(data, name) is None:
             raise SettingError(f"data.{name} is missing: give --data.{name} VALUE")
@@ -242,26 +238,34 @@ def main(argv: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make folder {out}: {error.strerror}") from None
+    sources = open_sources(data.dataset, data.root, data.split, data.download)
+    with SplitWriter(store, data.workers or cores(), data.on_error == "skip") as writer:
+        for source in sources:
+            start = time.perf_counter()
+            manifest = writer.write(source, out, data.dataset, command)
+            seconds = time.perf_counter() - start
+            skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+            print(
+                f"{out / source.split}.beton: {manifest.samples:,} images{skipped}, "
+                f"{len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
+                f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
+                flush=True,
+            )
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write every split asked for, or verify one file; see the module's docstring."""
+    program = "data_prep/write_ffcv.py"
+    settings = load(PREPARE, argv, f"python {program}", "Raw images to betons.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, then leave
     try:
-        sources = open_sources(data.dataset, data.root, data.split, data.download)
-        with SplitWriter(store, data.workers or cores(), data.on_error == "skip") as writer:
-            for source in sources:
-                start = time.perf_counter()
-                command = shlex.join(["python", program, *argv])
-                manifest = writer.write(source, out, data.dataset, command)
-                seconds = time.perf_counter() - start
-                skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-                print(
-                    f"{out / source.split}.beton: {manifest.samples:,} images{skipped}, "
-                    f"{len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
-                    f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
-                    flush=True,
-                )
+        if settings.data.verify:
+            return _verify(settings.data.verify)
+        return _write(settings, shlex.join(["python", program, *argv]))
     except KeyboardInterrupt:
-        print("stopped: the split under way was not written", file=sys.stderr)
+        print("stopped: nothing more was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

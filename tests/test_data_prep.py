@@ -546,7 +546,7 @@ def test_a_signal_cleans_up(slow_write, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped: the split under way was not written"
+    assert errors.splitlines()[-1] == "stopped: nothing more was written"
     assert "Traceback" not in errors
     assert list(out.iterdir()) == []
 
