@@ -137,10 +137,17 @@ class Views(nn.Module):
             ("shift", -torch.tensor(mean) / deviation),
         ):
             self.register_buffer(name, value, persistent=False)
+        self._pixels = _pixels
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the chain in place. Every batch has the same shape, so nothing is dynamic."""
-        super().compile(*args, **{"dynamic": False, "fullgraph": True, **options})
+        """Compile what is done per pixel. Every batch has the same shape: nothing is dynamic.
+
+        Measured on a CPU: fused into one graph, what is done per sample would be repeated for
+        each pixel, the colours would be read from channels-last memory without vector instructions
+        (1.7 times slower), and flip and the last copy would be 2 and 4 times slower.
+        """
+        options = {"dynamic": False, "fullgraph": True, **options}
+        self._pixels = torch.compile(_pixels, *args, **options)
 
     def sample(self, n: int, generator: torch.Generator) -> Params:
         """Draw the parameters of ``n`` samples a view, on ``generator``'s device (the module's)."""
@@ -174,23 +181,106 @@ class Views(nn.Module):
                 f"views: crops of {h} x {w} pixels are too small for a blur that reaches "
                 f"{self.reach}; lower sigma or set blur to 0"
             )
-        red, green, blue = (plane.float() / 255 for plane in crops.unbind(1))
-        planes = _colour_jitter((red, green, blue), params)
-        luma = _luma(planes)
-        # (N, h, 3, w): the rows of an image, and the columns of each, are contiguous matrices.
-        image = torch.stack(
-            [torch.where(_spread(params.gray), luma, plane) for plane in planes], dim=2
+        image = self._pixels(
+            _flip(crops, params.flip),
+            _plan_jitter(params),
+            _spread(params.gray),
+            _gaussian(params.sigma, self.reach),
+            _spread(params.solarise),
+            self.scale,
+            self.shift,
+            self.dtype,
         )
-        down = _blur_matrix(params.sigma, self.reach, h)
-        across = _blur_matrix(params.sigma, self.reach, w)
-        # Colour is pixelwise and the blur symmetric: flipping the blur's columns flips the image.
-        across = torch.where(_spread(params.flip), across.flip(2), across)
-        image = torch.bmm(down, image.view(n, h, 3 * w)).view(n, h * 3, w)
-        image = torch.bmm(image, across.transpose(1, 2)).view(n, h, 3, w).transpose(2, 3)
-        bright = (image >= 0.5) & params.solarise[:, None, None, None]
-        image = torch.where(bright, 1 - image, image)
-        image = (image * self.scale + self.shift).to(self.dtype)
-        return image.contiguous().permute(0, 3, 1, 2)
+        return image.contiguous(memory_format=torch.channels_last)
+
+
+class _Blends(NamedTuple):
+    """For each of N samples at 4 places: x to clamp(factor x + luma luma(x) + mean mean(x))."""
+
+    factor: Tensor  # (N, 4)
+    luma: Tensor  # (N, 4)
+    mean: Tensor  # (N, 4)
+
+    def only(self, active: Tensor) -> "_Blends":
+        """Neutral where not ``active`` (N, 4)."""
+        return _Blends(
+            torch.where(active, self.factor, 1.0), self.luma * active, self.mean * active
+        )
+
+
+class _Jitter(NamedTuple):
+    """A sequence of blends, one hue shift (N,) in turns, and blends again."""
+
+    before: _Blends
+    hue: Tensor
+    after: _Blends
+
+
+def _plan_jitter(params: Params) -> tuple[_Jitter, _Jitter]:
+    """What leads up to contrast, and the whole jitter, each sample in its own order.
+
+    Brightness, contrast and saturation are blends, and a blend with factor 1 changes nothing. So
+    hue, the dear one, is computed once, between blends that are neutral for those samples where
+    they come on its other side. Contrast needs the mean of the image at its own place, hence two.
+    """
+    place = torch.arange(4, device=params.place.device)
+    here = params.place[:, :, None] == place
+    blends = _Blends(
+        factor=torch.where(here[:, 0], params.brightness[:, None], 1.0)
+        + here[:, 1] * (params.contrast[:, None] - 1)
+        + here[:, 2] * (params.saturation[:, None] - 1),
+        luma=here[:, 2] * (1 - params.saturation[:, None]),
+        mean=here[:, 1] * (1 - params.contrast[:, None]),
+    )
+    before, after = place < params.place[:, 3:], place > params.place[:, 3:]
+    early = place < params.place[:, 1:2]
+    hue_is_early = params.place[:, 3] < params.place[:, 1]
+    return (
+        _Jitter(
+            blends.only(before & early), params.hue * hue_is_early, blends.only(after & early)
+        ),
+        _Jitter(blends.only(before), params.hue, blends.only(after)),
+    )
+
+
+def _gaussian(sigma: Tensor, reach: int) -> Tensor:
+    """(N, 2 x reach + 1) taps: torchvision's kernel of that size; sigma 0 is the identity."""
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    return torch.softmax(-(offset**2) / (2 * sigma[:, None] ** 2).clamp_min(1e-6), dim=1)
+
+
+def _flip(crops: Tensor, flip: Tensor) -> Tensor:
+    """Planar uint8 crops, mirrored left to right where ``flip`` (N,)."""
+    crops = crops.contiguous()
+    # Bits: torch.where takes a broadcast condition byte by byte, 2.5 times slower on a CPU.
+    everywhere = flip.to(torch.uint8)[:, None, None, None] * 255
+    return crops ^ ((crops ^ crops.flip(3)) & everywhere)
+
+
+def _pixels(
+    crops: Tensor,
+    jitter: tuple[_Jitter, _Jitter],
+    gray: Tensor,
+    taps: Tensor,
+    solarise: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All that is done per pixel: planar uint8 (N, 3, h, w) to planar ``dtype``."""
+    red, green, blue = (plane.float() / 255 for plane in crops.unbind(1))
+    planes: Planes = (red, green, blue)
+    to_contrast, whole = jitter
+    # Up to contrast there are two blends at most: a third place is never used on either side.
+    early = _jitter(planes, to_contrast, (0, 1), (1, 2), None)
+    mean = _luma(early).mean(dim=(1, 2))
+    planes = _jitter(planes, whole, (0, 1, 2), (1, 2, 3), mean)
+    luma = _luma(planes)
+    image = torch.stack([torch.where(gray, luma, plane) for plane in planes], dim=1)
+    for axis in (2, 3):
+        image = _blur(image, taps, axis)
+    image = torch.where((image >= 0.5) & solarise[:, None], 1 - image, image)
+    return (image * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -204,48 +294,29 @@ def _luma(planes: Planes) -> Tensor:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def _colour_jitter(planes: Planes, params: Params) -> Planes:
-    """Brightness, contrast, saturation and hue in each sample's own order.
-
-    Brightness, contrast and saturation are blends, and a blend with factor 1 changes nothing. So
-    hue, the dear one, is computed once, between blends that are neutral for the samples where they
-    come on its other side. Contrast needs the mean of the image at its own place: a first pass
-    stops there.
-    """
-    hue_place, contrast_place = params.place[:, 3], params.place[:, 1]
-
-    def blend(planes: Planes, place: int, active: Tensor, mean: Tensor) -> Planes:
-        here = (params.place == place) & active[:, None]
-        is_brightness, is_contrast, is_saturation, _ = here.unbind(1)
-        factor = torch.where(
-            is_brightness,
-            params.brightness,
-            torch.where(
-                is_contrast, params.contrast, torch.where(is_saturation, params.saturation, 1.0)
-            ),
-        )
-        rest = _spread(torch.where(is_saturation, 1 - factor, 0.0)) * _luma(planes)
-        rest = rest + _spread(torch.where(is_contrast, 1 - factor, 0.0) * mean)
-        red, green, blue = ((_spread(factor) * x + rest).clamp(0, 1) for x in planes)
-        return red, green, blue
-
-    # The first pass holds brightness, saturation and hue at most: hue splits two blends.
-    before = params.place < contrast_place[:, None]
-    none = torch.zeros_like(params.contrast)
-    prefix = planes
-    for place in (0, 1):
-        prefix = blend(prefix, place, (place < hue_place) & (place < contrast_place), none)
-    prefix = _shift_hue(prefix, torch.where(before[:, 3], params.hue, 0.0))
-    for place in (1, 2):
-        prefix = blend(prefix, place, (place > hue_place) & (place < contrast_place), none)
-    mean = _luma(prefix).mean(dim=(1, 2))
-
-    for place in (0, 1, 2):
-        planes = blend(planes, place, place < hue_place, mean)
-    planes = _shift_hue(planes, params.hue)
-    for place in (1, 2, 3):
-        planes = blend(planes, place, place > hue_place, mean)
+def _jitter(
+    planes: Planes,
+    jitter: _Jitter,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    mean: Tensor | None,
+) -> Planes:
+    """Blends at the places ``before``, hue, blends at the places ``after``."""
+    for place in before:
+        planes = _blend(planes, jitter.before, place, mean)
+    planes = _shift_hue(planes, jitter.hue)
+    for place in after:
+        planes = _blend(planes, jitter.after, place, mean)
     return planes
+
+
+def _blend(planes: Planes, blends: _Blends, place: int, mean: Tensor | None) -> Planes:
+    rest = _spread(blends.luma[:, place]) * _luma(planes)
+    if mean is not None:
+        rest = rest + _spread(blends.mean[:, place] * mean)
+    factor = _spread(blends.factor[:, place])
+    red, green, blue = ((factor * plane + rest).clamp(0, 1) for plane in planes)
+    return red, green, blue
 
 
 def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
@@ -271,15 +342,19 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
     return low + chroma * red, low + chroma * green, low + chroma * blue
 
 
-def _blur_matrix(sigma: Tensor, reach: int, size: int) -> Tensor:
-    """(N, size, size): a Gaussian of 2 x reach + 1 taps along one axis, edges reflected.
+def _blur(image: Tensor, taps: Tensor, axis: int) -> Tensor:
+    """Correlate (N, 3, h, w) along ``axis`` with each sample's own taps, edges reflected.
 
-    The taps are torchvision's ``gaussian_blur`` with that kernel size; sigma 0 is the identity.
+    A sum of shifted slices: measured 2.5 times faster than banded matrix products at 224 pixels
+    on a CPU (the same at 32), and 4 times faster than a grouped convolution.
     """
-    offset = torch.arange(-reach, reach + 1, device=sigma.device)
-    taps = torch.exp(-(offset**2) / (2 * sigma[:, None] ** 2).clamp_min(1e-6))
-    taps = taps / taps.sum(dim=1, keepdim=True)
-    axis = torch.arange(size, device=sigma.device)
-    last = size - 1
-    source = last - (last - (axis[:, None] + offset).abs()).abs()
-    return torch.einsum("nt,itj->nij", taps, (source[:, :, None] == axis).float())
+    size, reach = image.shape[axis], taps.shape[1] // 2
+    if reach == 0:
+        return image
+    left = image.narrow(axis, 1, reach).flip(axis)
+    right = image.narrow(axis, size - 1 - reach, reach).flip(axis)
+    padded = torch.cat((left, image, right), dim=axis)
+    blurred = torch.zeros_like(image)
+    for i in range(2 * reach + 1):
+        blurred = blurred + taps[:, i, None, None, None] * padded.narrow(axis, i, size)
+    return blurred
