@@ -36,11 +36,13 @@ def _from_torchvision(build: Callable[..., ResNet], stem: str) -> Encoder:
     return Encoder({**layers, "flatten": nn.Flatten()}, features)
 
 
-SMALL_WIDTHS = (32, 64, 128, 256)
+# Half of a CPU step is spent at full resolution: a stem of 16 (as CIFAR's ResNet-20 has) instead
+# of 32 takes a third off it, and the later stages stay half of ResNet-18's.
+SMALL_WIDTHS = (16, 64, 128, 256)
 
 
 def _small(stem: str) -> Encoder:
-    """A ResNet-10 at half the width (1.2 million parameters), built of torchvision's blocks."""
+    """A narrow ResNet-10 (1.2 million parameters), built of torchvision's blocks."""
     first = SMALL_WIDTHS[0]
     layers: dict[str, nn.Module] = {}
     if stem == "cifar":
