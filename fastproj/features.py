@@ -62,28 +62,25 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def _collect(loader: Loader, embed: Callable[[Tensor], Tensor], device: torch.device) -> Features:
-    """One epoch of ``embed(crops in [0, 1])``, sorted by index."""
-    rows, labels, index = torch.empty(0, 0), [], []
-    filled = 0
+    """One epoch of ``embed(crops in [0, 1])``, each row at its image's index."""
+    images = len(loader.beton)
+    seen = torch.zeros(images, dtype=torch.int64, device=device)
+    labels = torch.empty(images, dtype=torch.int64, device=device)
+    rows: Tensor | None = None
     for batch in loader:
-        (crops,) = batch.crops
-        crops = crops.to(device, torch.float32, memory_format=torch.channels_last).div_(255)
-        values = embed(crops)
-        if filled == 0:
-            rows = torch.empty(len(loader.beton), values.shape[1], device=device)
-        rows[filled : filled + len(values)] = values
-        filled += len(values)
-        labels.append(batch.labels.to(device))
-        index.append(batch.index.to(device))
-    order, permutation = torch.cat(index).sort()
-    expected = torch.from_numpy(loader.beton.index).sort().values
-    if not torch.equal(order.cpu(), expected):
+        if len(batch.crops) != 1 or len(batch.crops[0]) != len(batch.index):
+            raise InputError("features take one crop an image: open the loader with one Center")
+        crops = batch.crops[0].to(device, torch.float32, memory_format=torch.channels_last)
+        values, index = embed(crops.div_(255)), batch.index.to(device)
+        if rows is None:
+            rows = torch.empty(images, values.shape[1], device=device)
+        rows[index], labels[index] = values, batch.labels.to(device)
+        seen.index_add_(0, index, torch.ones_like(index))
+    if rows is None or not (seen == 1).all():
         raise InputError(
-            f"{loader.beton.path}: the loader gave {filled} of {len(expected)} images or some of "
-            "them twice; features need each once, from the start of an epoch without drop_last"
+            f"{loader.beton.path}: {int((seen != 1).sum())} of {images} images did not come "
+            "exactly once; features need each once: a whole epoch, without drop_last"
         )
     if not rows.isfinite().all():
         raise InputError("the features hold NaN or infinity: the encoder has diverged")
-    if not torch.equal(permutation, torch.arange(filled, device=device)):
-        rows = rows[permutation]
-    return Features(rows, torch.cat(labels)[permutation], order)
+    return Features(rows, labels, torch.arange(images, device=device))

@@ -24,8 +24,9 @@ SIMILARITIES = 2**24  # entries of the similarity matrix held at once (64 MiB of
 class LinearResult:
     """Accuracies on the validation set, and how the one head that saw it was chosen.
 
-    ``edge`` names the settings whose chosen value is the first or last of its list: a wider grid
-    might do better. A decay of zero is an end of the scale and no edge.
+    ``edge`` names the settings whose best value is the first or last of its list, by more than the
+    holdout's standard error: a wider grid might do better. A decay of zero ends the scale, so it
+    is no edge.
     """
 
     top1: float
@@ -69,7 +70,8 @@ def linear_probe(
     mean, std = _statistics(train.features)
     x, y = _design(train.features, mean, std, device), train.labels.to(device)
     kept, held = (rows.to(device) for rows in stratified_split(train.labels, holdout, seed))
-    grid = list(product(learning_rates, weight_decays))
+    rates, decays = sorted(learning_rates), sorted(weight_decays)
+    grid = list(product(rates, decays))
     heads = fit(x, y, kept, classes, grid, epochs, batch_size, seed)
     accuracy, entropy = _score(x[held], y[held], heads)
     best = max(range(len(grid)), key=lambda g: (accuracy[g].item(), -entropy[g].item()))
@@ -83,7 +85,7 @@ def linear_probe(
         learning_rate=grid[best][0],
         weight_decay=grid[best][1],
         holdout_top1=accuracy[best].item(),
-        edge=_edge(grid[best], learning_rates, weight_decays),
+        edge=_edge(accuracy.view(len(rates), len(decays)), len(held), decays[0] == 0),
     )
 
 
@@ -145,12 +147,10 @@ def knn(train: Features, val: Features, classes: int, k: int, temperature: float
     hits = torch.zeros(2, dtype=torch.int64, device=bank.device)
     chunk = max(1, SIMILARITIES // len(bank))
     for queries, labels in zip(val.features.split(chunk), val.labels.split(chunk), strict=True):
-        similarity = functional.normalize(queries, dim=1) @ bank.T
-        nearest = similarity.topk(k, dim=1).values
-        votes_of = _nearest(similarity, nearest[:, -1:], k)
+        near, rows = _nearest(functional.normalize(queries, dim=1) @ bank.T, k)
         # Relative to the nearest, so that no temperature overflows: a common factor of all votes.
-        weight = ((similarity - nearest[:, :1]) / temperature).exp_() * votes_of
-        votes = weight @ target
+        weight = ((near - near[:, :1]) / temperature).exp()
+        votes = (weight.unsqueeze(-1) * target[rows]).sum(1)
         rank = ranks(votes, labels)
         voted = votes.gather(1, labels.unsqueeze(1)).squeeze(1) > 0
         hits += torch.stack([(rank < n).logical_and(voted).sum() for n in (1, 5)])
@@ -223,21 +223,28 @@ def _score(x: Tensor, y: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
     return accuracy, -log_likelihood.squeeze(-1).mean(-1)
 
 
-def _nearest(similarity: Tensor, kth: Tensor, k: int) -> Tensor:
-    """Mask (Q, N) of exactly ``k`` neighbours a row: all above the k-th, then ties in order."""
-    above, tied = similarity > kth, similarity == kth
-    room = k - above.sum(1, keepdim=True)
-    return above | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns, both (Q, k), of the ``k`` largest of each row, equals in column order."""
+    values, columns = similarity.topk(k, dim=1)
+    tied = (similarity >= values[:, -1:]).count_nonzero(1) > k  # rare: topk may then take any of the equals
+    if tied.any():
+        order = similarity[tied].sort(dim=1, descending=True, stable=True).indices
+        columns[tied] = order[:, :k]
+    return values, columns
 
 
-def _edge(
-    chosen: tuple[float, float], learning_rates: Sequence[float], weight_decays: Sequence[float]
-) -> tuple[str, ...]:
-    rate, decay = chosen
+def _edge(accuracy: Tensor, held: int, zero_decay: bool) -> tuple[str, ...]:
+    """Names of the settings that only the ends of their sorted lists serve well.
+
+    ``accuracy`` (rates, decays) on ``held`` images: no value inside the list comes within a
+    standard error of the best.
+    """
+    best = accuracy.max().item()
+    enough = best - math.sqrt(best * (1 - best) / held)
+    rates, decays = accuracy.amax(1), accuracy.amax(0)
     edge = []
-    if len(learning_rates) > 1 and rate in (min(learning_rates), max(learning_rates)):
+    if len(rates) > 1 and not (rates[1:-1] >= enough).any():
         edge.append("learning rate")
-    at_end = decay == max(weight_decays) or decay == min(weight_decays) > 0
-    if len(weight_decays) > 1 and at_end:
+    if len(decays) > 1 and not (decays[0 if zero_decay else 1 : -1] >= enough).any():
         edge.append("weight decay")
     return tuple(edge)

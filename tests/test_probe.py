@@ -138,13 +138,11 @@ def test_a_choice_at_the_end_of_its_list_is_said(blobs):
     train, val = blobs
     grid = GRID | {"learning_rates": (1e-7, 3e-7), "epochs": 2}
     assert "learning rate" in probe.linear_probe(train, val, 4, seed=0, **grid).edge
-    inside = probe._edge((0.03, 0.0), (0.01, 0.03, 0.1), (0.0, 1e-3))
-    assert inside == ()
-    assert probe._edge((0.1, 1e-3), (0.01, 0.03, 0.1), (0.0, 1e-3)) == (
-        "learning rate",
-        "weight decay",
-    )
-    assert probe._edge((0.1, 1e-3), (0.1,), (1e-3,)) == ()  # nothing was chosen
+    accuracy = torch.tensor([[0.5, 0.6, 0.9], [0.5, 0.6, 0.89], [0.5, 0.6, 0.7]])  # rates, decays
+    assert probe._edge(accuracy, 100, False) == ("weight decay",)  # 0.89 is within the error
+    assert probe._edge(accuracy, 1_000_000, False) == ("learning rate", "weight decay")
+    assert probe._edge(accuracy.flip(1), 100, zero_decay=True) == ()
+    assert probe._edge(accuracy[:1, :1], 100, False) == ()  # nothing was chosen
 
 
 def test_stratified_split_holds_out_its_share_of_each_class():
