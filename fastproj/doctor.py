@@ -82,6 +82,7 @@ def ffcv() -> str:
 
 def _try_ffcv() -> str:
     """Crop an image of one colour, and decode a JPEG of it."""
+    os.environ["NUMBA_DISABLE_JIT"] = "1"  # importing FFCV compiles for 8 s, and not its library
     np, library = _load("numpy"), _load("ffcv.libffcv")
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     cropped, decoded = np.zeros((4, 4, 3), np.uint8), np.zeros_like(image)
