@@ -140,7 +140,12 @@ def _load_checkpoint(settings: Settings, run: Path) -> tuple[Path, dict[str, Any
 
 
 def _random_encoder(settings: Settings) -> nn.Module:
-    """The encoder as pre-training found it: initialised from ``run.seed``."""
+    """The encoder as pre-training found it: initialised from ``run.seed``.
+
+    Its batch-norm statistics stay the initial ones. Estimating them on training images makes a
+    weaker baseline (digits at 16 px, resnet_small, 3 seeds: linear 94.2-95.0 % against
+    95.8-97.2 %, kNN 93.9-94.4 % against 94.4-95.3 %).
+    """
     torch.manual_seed(settings.run.seed)
     return build_encoder(settings.model.encoder, settings.model.stem)
 

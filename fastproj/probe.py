@@ -226,8 +226,8 @@ def _score(x: Tensor, y: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns, both (Q, k), of the ``k`` largest of each row, equals in column order."""
     values, columns = similarity.topk(k, dim=1)
-    tied = (similarity >= values[:, -1:]).count_nonzero(1) > k  # rare: topk may then take any of the equals
-    if tied.any():
+    tied = (similarity >= values[:, -1:]).count_nonzero(1) > k
+    if tied.any():  # rare: topk may have taken any of the equals
         order = similarity[tied].sort(dim=1, descending=True, stable=True).indices
         columns[tied] = order[:, :k]
     return values, columns
