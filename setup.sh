@@ -119,7 +119,8 @@ echo "set-up: Python packages into .venv (some 7 GB, PyTorch most of it; minutes
 # shellcheck disable=SC2086  # one word an extra
 requirements $extras >.venv/requirements.txt
 .venv/bin/python -m ensurepip >/dev/null   # an interrupted run leaves a .venv without pip
-.venv/bin/python -m pip install --disable-pip-version-check \
+# No warnings of conflicts: FFCV's own wishes are left out on purpose, and pip calls that an error.
+.venv/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts \
     --constraint constraints.txt --requirement .venv/requirements.txt
 install_ffcv
 # What an editable install would do, without a build: Python finds fastproj in this checkout.
