@@ -252,7 +252,7 @@ def _gaussian(sigma: Tensor, reach: int) -> Tensor:
 def _flip(crops: Tensor, flip: Tensor) -> Tensor:
     """Planar uint8 crops, mirrored left to right where ``flip`` (N,)."""
     crops = crops.contiguous()
-    # Bits: torch.where takes a broadcast condition byte by byte, 2.5 times slower on a CPU.
+    # Bits: torch.where takes a broadcast condition byte by byte: 2 to 5 times slower on a CPU.
     everywhere = flip.to(torch.uint8)[:, None, None, None] * 255
     return crops ^ ((crops ^ crops.flip(3)) & everywhere)
 
