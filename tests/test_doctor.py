@@ -15,7 +15,7 @@ from fastproj import doctor
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(sysconfig.get_path("purelib"))
-MEND = r" +mend: cd \S+ && \./setup\.sh && \.venv/bin/python -m fastproj\.doctor"
+MEND = r" +mend: cd .+ && \./setup\.sh && \.venv/bin/python -m fastproj\.doctor"
 
 
 def examine(*python: str | Path, **options) -> subprocess.CompletedProcess:
@@ -48,7 +48,7 @@ def test_no_scikit_learn_a_damaged_ffcv_and_no_compiler(tmp_path):
     done = examine(sys.executable, "-S", env=environment)
     assert done.returncode == 1
     assert re.search(rf"^  MISSING  packages +no module sklearn\n{MEND}$", done.stdout, re.M)
-    assert re.search(r"^  MISSING  FFCV .*\n +mend: cd \S+ && rm -rf \.venv ", done.stdout, re.M)
+    assert re.search(r"^  MISSING  FFCV .*\n +mend: cd .+ && rm -rf \.venv ", done.stdout, re.M)
     assert re.search(rf"^  without  compiler +no g\+\+.*\n{MEND}$", done.stdout, re.M)
     assert re.search(r"^  ok       torch", done.stdout, re.M)
     assert done.stderr.endswith("cannot run here: mend packages, FFCV as said above\n")
