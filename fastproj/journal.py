@@ -163,10 +163,10 @@ class RunClock:
         return {part: total - since.get(part, 0.0) for part, total in self._seconds.items()}
 
 
-def write_environment(run_dir: str | Path) -> None:
-    """Write ``environment.json``: on what machine, with what versions, by what command."""
+def environment() -> dict[str, Any]:
+    """On what machine, with what versions, by what command: what repeating a number takes."""
     packages = ("torch", "torchvision", "ffcv", "numba", "numpy")
-    environment = {
+    return {
         "command": shlex.join(sys.orig_argv),
         "git": _git(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
@@ -177,9 +177,13 @@ def write_environment(run_dir: str | Path) -> None:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def write_environment(run_dir: str | Path) -> None:
+    """Write ``environment.json`` into the run folder."""
     path = Path(run_dir) / "environment.json"
     with _writing(path):
-        path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

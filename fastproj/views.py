@@ -122,10 +122,7 @@ class Views(nn.Module):
             ]
         )
         high = torch.tensor(
-            [
-                [1 + v.brightness, 1 + v.contrast, 1 + v.saturation, v.hue, v.sigma[1]]
-                for v in views
-            ]
+            [[1 + v.brightness, 1 + v.contrast, 1 + v.saturation, v.hue, v.sigma[1]] for v in views]
         )
         chances = torch.tensor([[v.flip, v.jitter, v.gray, v.blur, v.solarise] for v in views])
         deviation = torch.tensor(std, dtype=torch.float32)
@@ -236,9 +233,7 @@ def _plan_jitter(params: Params) -> tuple[_Jitter, _Jitter]:
     early = place < params.place[:, 1:2]
     hue_is_early = params.place[:, 3] < params.place[:, 1]
     return (
-        _Jitter(
-            blends.only(before & early), params.hue * hue_is_early, blends.only(after & early)
-        ),
+        _Jitter(blends.only(before & early), params.hue * hue_is_early, blends.only(after & early)),
         _Jitter(blends.only(before), params.hue, blends.only(after)),
     )
 

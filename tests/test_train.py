@@ -192,10 +192,11 @@ def test_the_online_probe_learns_and_teaches_nothing(beton: Beton, tmp_path: Pat
 
 
 def test_accumulation_splits_a_step_and_keeps_its_data(beton: Beton, tmp_path: Path) -> None:
-    """Linear projector, no objective coupling would be needed for equality; steps and data agree."""
+    """Four parts of 4 samples: each anchor of a part sees 7 others, so the loss is near log 7."""
     parts = run(beton, tmp_path, optim__accumulate=4, train__stop_after=5)
     events = [e for e in journal.read(parts / "metrics.jsonl") if e["event"] == "step"]
     assert [e["step"] for e in events] == [1, 2, 3, 4, 5]
+    assert events[0]["loss"] == pytest.approx(np.log(7), abs=0.4)
     state = checkpoint.load(checkpoint.latest(parts / "checkpoints"))
     assert state["cursor"] == [1, 0]
 

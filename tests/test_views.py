@@ -217,9 +217,7 @@ def test_second_view_alone_is_solarised(preset):
 
 def test_same_seed_same_parameters():
     views = Views(PRESETS["simclr"], MEAN, STD)
-    one, same, other = (
-        views.sample(9, torch.Generator().manual_seed(seed)) for seed in (9, 9, 10)
-    )
+    one, same, other = (views.sample(9, torch.Generator().manual_seed(seed)) for seed in (9, 9, 10))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one.place, other.place)
     half = 9
@@ -264,8 +262,15 @@ def test_crops_too_small_for_the_blur_are_named():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"flip": 1.2}, {"jitter": -0.1}, {"hue": 0.6}, {"contrast": -1.0}, {"sigma": (0.0, 2.0)},
-     {"sigma": (2.0, 1.0)}, {"gray": float("nan")}],
+    [
+        {"flip": 1.2},
+        {"jitter": -0.1},
+        {"hue": 0.6},
+        {"contrast": -1.0},
+        {"sigma": (0.0, 2.0)},
+        {"sigma": (2.0, 1.0)},
+        {"gray": float("nan")},
+    ],
 )
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(InputError, match=f"views: {next(iter(wrong))} is"):

@@ -10,7 +10,7 @@ from fastargs import Config, Param, Section
 from fastproj.settings.checkers import Bool, Choice, File, Float, Floats, Int, OrNull, Text
 from fastproj.settings.read import Settings, load
 
-__all__ = ["PREPARE", "RUN", "Settings", "load"]
+__all__ = ["BENCH", "DEMO", "PREPARE", "RUN", "Settings", "load"]
 
 _share = Float(low=0, high=1)
 _positive = Float(above=0)
@@ -98,8 +98,8 @@ Section("eval", "frozen features and their probes", RUN).params(
     share=Param(Float(above=0, high=1), "centre crop, share of the shorter side", 1.0),
     baselines=Param(Bool(), "probe raw pixels and a random encoder as well", False),
     batch_size=Param(_count, "images in one forward pass", 512),
-    learning_rates=Param(Floats(above=0), "grid of the linear probe", (0.03, 0.1, 0.3, 1.0, 3.0)),
-    weight_decays=Param(Floats(low=0), "grid of the linear probe", (0.0, 1e-4)),
+    learning_rates=Param(Floats(above=0), "grid of the linear probe", (0.01, 0.03, 0.1, 0.3)),
+    weight_decays=Param(Floats(low=0), "grid of the linear probe", (1e-4, 1e-3, 1e-2, 1e-1)),
     epochs=Param(_count, "passes of the linear probe over the features", 100),
     probe_batch=Param(_count, "samples a step of the linear probe", 256),
     holdout=Param(Float(above=0, high=0.9), "share of train that picks from the grid", 0.1),
@@ -126,4 +126,22 @@ Section("data", "raw images to a beton and its manifest", PREPARE).params(
     workers=Param(Int(0), "processes; 0: every core this process may use", 0),
     on_error=Param(Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"),
     verify=Param(OrNull(File()), "beton to read whole and compare with its manifest"),
+)
+
+BENCH = Config()
+Section("bench", "what is measured, and on which images", BENCH).params(
+    photos=Param(OrNull(File()), "jpeg beton of photographs, cropped to 224 pixels"),
+    squares=Param(OrNull(File()), "square beton of photographs, cropped to 224 pixels"),
+    small=Param(OrNull(File()), "raw beton of small images, cropped to 32 pixels"),
+    device=Param(Choice("auto", "cpu", "cuda"), "where views are computed", "auto"),
+    workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
+    repeats=Param(_count, "measured calls, after the warm-up", 5),
+    out=Param(File(), "JSON file to write", "bench-results/bench.json"),
+)
+
+DEMO = Config()
+Section("demo", "the whole way through on a small set", DEMO).params(
+    dataset=Param(Choice("digits", "cifar10"), "cifar10 is downloaded (170 MB)", "digits"),
+    data=Param(File(), "folder for raw images and betons", "data"),
+    seed=Param(Int(0, 2**32 - 1), "fixes weights, order, crops and views", 0),
 )
