@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from fastproj import __version__, checkpoint
+from fastproj.device import choose_device
 from fastproj.encoder import build_encoder
 from fastproj.errors import InputError, run_command
 from fastproj.features import Features, extract, pixels
 from fastproj.loaders import Center, open_loader
+from fastproj.machine import keep_freed_memory
 from fastproj.manifest import Beton, open_beton, replacing
 from fastproj.probe import knn, linear_probe
 from fastproj.settings import RUN, Settings, load
-from fastproj.train import choose_device
 
 PIXELS = 32  # largest side of the raw-pixel baseline: 224 would be 150,528 features an image
 
@@ -44,6 +45,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     sets = _open_sets(settings)
     path, state = _load_checkpoint(settings, run)
     device = choose_device(settings.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     pretrained = _random_encoder(settings)
     pretrained.load_state_dict(state["encoder"])

@@ -4,6 +4,7 @@ A container sees all of its host's cores and memory; what it may use is in its c
 (Linux ``Documentation/admin-guide/cgroup-v2.rst``, and ``cgroup-v1/`` for the older layout).
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
             total = min(total, int(limit[0]))
             available = min(available, int(limit[0]) - int(used[0]) + cached)
     return total, max(0, available)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse what a CPU step frees, instead of returning it to the kernel each time.
+
+    By default every large tensor is mapped anew and its pages are faulted in by all threads at
+    once: a training step of 512 views at 32 px took 2.9 s, with this 0.8 s (4 shared cores). Does
+    nothing where the C library has no ``mallopt``.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

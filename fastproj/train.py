@@ -24,6 +24,7 @@ from fastproj.journal import Journal, RunClock, write_environment
 from fastproj.journal import read as read_journal
 from fastproj.learner import Learner
 from fastproj.loaders import Crop, Loader, open_loader
+from fastproj.machine import keep_freed_memory
 from fastproj.manifest import Beton, open_beton
 from fastproj.objective import OBJECTIVES
 from fastproj.optim import build_optimiser, parameter_groups, probe_group, set_rates
@@ -259,6 +260,8 @@ def train(settings: Settings) -> Path:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             device = torch.device("cuda", rank.local)
+        else:
+            keep_freed_memory()
         found = _find_checkpoint(run, settings.run.resume)
         dist.barrier()  # rank 0 must not start the folder before the others have looked
         trainer = Trainer(settings, rank, device)
@@ -325,7 +328,7 @@ def _loop(
             losses.append(loss)
             hits.append(right)
             if trainer.step % every == 0:
-                value = loss.item()  # the only wait for the device
+                value = dist.mean(loss).item()  # the only wait for the device
                 clock.lap("step")
                 seconds = clock.seconds(spent)
                 journal.event(
