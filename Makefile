@@ -24,5 +24,4 @@ check:
 
 bench:
 	./setup.sh dali dev
-	$(PYTHON) -m fastproj.bench loaders
-	$(PYTHON) -m fastproj.bench views
+	$(PYTHON) -m fastproj.bench all $(BENCH)

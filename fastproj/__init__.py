@@ -1,8 +1,7 @@
 """fastproj: does this projection head learn a better encoder? Images to linear-probe accuracy."""
 
-import sys
-
 import os
+import sys
 
 # OpenMP's threads spin while they wait, which steals the loader's cores and, where another process
 # wants one too, stalls every parallel loop: a training step then took over 10 s instead of 1.1

@@ -25,9 +25,8 @@ def demo(dataset: str, data: Path, seed: int) -> Path:
 
     Raises InputError when one of the commands fails; what it said is on the screen by then.
     """
-    recipe = (
-        "demo" if dataset == "digits" else "cifar10" + ("" if torch.cuda.is_available() else "_cpu")
-    )  # noqa: E501
+    cifar10 = "cifar10" if torch.cuda.is_available() else "cifar10_cpu"
+    recipe = "demo" if dataset == "digits" else cifar10
     betons, seconds = data / dataset, {}
     name = f"demo-{dataset}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = ["--cfg", str(ROOT / "rcfg" / f"{recipe}.yaml"), "--run.name", name,

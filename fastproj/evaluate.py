@@ -61,9 +61,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             "step": state["step"],
             "epoch": state["epoch"],
         },
-        "protocol": _protocol(settings, *sets),
+        "protocol": _protocol(settings, *sets, state),
         "rows": [
-            {"features": name} | _probe(settings, *sets, encoder, device)
+            {"features": name} | _probe(settings, *sets, encoder, state, device)
             for name, encoder in encoders.items()
         ],
         "versions": {
@@ -154,11 +154,16 @@ def _random_encoder(settings: Settings) -> nn.Module:
 
 
 def _probe(
-    settings: Settings, train: Beton, val: Beton, encoder: nn.Module | None, device: torch.device
+    settings: Settings,
+    train: Beton,
+    val: Beton,
+    encoder: nn.Module | None,
+    state: dict[str, Any],
+    device: torch.device,
 ) -> dict[str, Any]:
     """One row: features of both sets under ``encoder`` (None: raw pixels), then both probes."""
     how, clock = settings.eval, [time.perf_counter()]
-    mean, std = train.manifest.mean, train.manifest.std
+    mean, std = state["mean"], state["std"]  # of the set the encoder was trained on
     if encoder is not None:
         encoder.to(memory_format=torch.channels_last).to(device)
 
@@ -216,7 +221,9 @@ def _size(settings: Settings) -> int:
     return settings.eval.size or settings.views.size
 
 
-def _protocol(settings: Settings, train: Beton, val: Beton) -> dict[str, Any]:
+def _protocol(
+    settings: Settings, train: Beton, val: Beton, state: dict[str, Any]
+) -> dict[str, Any]:
     how = settings.eval
     return {
         "train": {"file": str(train.path), "content": train.manifest.content, "images": len(train)},
@@ -224,8 +231,8 @@ def _protocol(settings: Settings, train: Beton, val: Beton) -> dict[str, Any]:
         "classes": len(train.classes),
         "crop": {"kind": "centre", "size": _size(settings), "share": how.share},
         "raw_pixels_size": min(_size(settings), PIXELS),
-        "mean": train.manifest.mean,
-        "std": train.manifest.std,
+        "mean": state["mean"],
+        "std": state["std"],
         "encoder": "frozen, eval mode, float32; random: as initialised, batch norm included",
         "linear": {
             "standardisation": "mean and standard deviation of each training feature",

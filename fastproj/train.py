@@ -67,6 +67,17 @@ def build_views(settings: Settings, beton: Beton) -> Views:
     return Views(views, beton.manifest.mean, beton.manifest.std)
 
 
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and share of right answers over the labelled samples; -1 is no label.
+
+    ``logits`` (n, classes) float32, ``labels`` (n,) int64. Both 0 where nothing is labelled
+    (STL-10's unlabelled split), so that the probe then learns nothing and disturbs nothing.
+    """
+    labelled = (labels >= 0).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / labelled
+    return loss, (logits.detach().argmax(1) == labels).sum() / labelled
+
+
 class Interruption:
     """SIGTERM and Ctrl-C ask for a stop, which the loop grants after the step under way."""
 
@@ -150,14 +161,14 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Compile in place (so that checkpoint keys stay clean), then DDP where there are ranks."""
+        if self.settings.model.sync_bn and self.rank.world > 1 and self.device.type == "cuda":
+            self.learner = nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
         wish = self.settings.train.compile
         if wish == "true" or (wish == "auto" and self.device.type == "cuda"):
             self.learner.compile()
             self.views.compile()
         if self.rank.world == 1:
             return self.learner
-        if self.settings.model.sync_bn and self.device.type == "cuda":
-            self.learner = nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
         ids = [self.rank.local] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.learner, device_ids=ids)
 
@@ -192,13 +203,13 @@ class Trainer:
             with torch.autocast(
                 self.device.type, self.precision, enabled=self.precision is not torch.float32
             ):
-                z, logits = self.model(part.flatten(0, 1))
+                part = part.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                z, logits = self.model(part)
             loss = self.objective(*z.chunk(count), temperature=self.settings.objective.temperature)
-            target = target.repeat(count)
-            probe_loss = F.cross_entropy(logits.float(), target)
+            probe_loss, hits = score(logits.float(), target.repeat(count))
             self.scaler.scale((loss + probe_loss) / optim.accumulate).backward()
             loss_sum += loss.detach() / optim.accumulate
-            right += (logits.detach().argmax(1) == target).float().mean() / optim.accumulate
+            right += hits / optim.accumulate
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad()
@@ -210,11 +221,11 @@ class Trainer:
         return {
             "settings": self.settings.flat(),
             "data": self.beton.manifest.content,
-            "classes": len(self.beton.classes),
+            "mean": self.beton.manifest.mean,
+            "std": self.beton.manifest.std,
             "step": self.step,
             "epoch": self.loader.cursor[0],
             "cursor": list(self.loader.cursor),
-            "finished": self.step >= self.total_steps,
             "encoder": self.learner.encoder.state_dict(),
             "projector": self.learner.projector.state_dict(),
             "probe": self.learner.probe.state_dict(),
