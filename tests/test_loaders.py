@@ -221,6 +221,33 @@ def test_device_crops_in_half_precision_stay_within_the_contract() -> None:
         assert difference.mean() < 0.5 and difference.max() <= 2
 
 
+def test_photographs_cropped_in_a_padded_batch_are_the_same(photos: dict[str, Beton]) -> None:
+    """The way of a GPU (threads decode, the device crops), taken on a CPU."""
+    beton = photos["jpeg"]
+    wanted = epoch(beton, "stream", 1)
+    with open_loader(beton, GROUPS, 8, engine="stream", workers=2) as loader:
+        assert isinstance(loader, StreamLoader)
+        loader._crop_batched = True
+        loader.seek(1, 0)
+        for ours, theirs in zip(loader, wanted, strict=True):
+            assert torch.equal(ours.index, theirs.index)
+            for a, b in zip(ours.crops, theirs.crops, strict=True):
+                assert a.is_contiguous(memory_format=torch.channels_last)
+                assert (a.int() - b.int()).abs().max() <= 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_crops_of_the_cpu(beton: Beton) -> None:
+    for engine in engines(beton):
+        for a, b in zip(
+            epoch(beton, engine, 1), epoch(beton, engine, 1, device="cuda"), strict=True
+        ):
+            assert torch.equal(a.index, b.index.cpu()) and torch.equal(a.labels, b.labels.cpu())
+            for x, y in zip(a.crops, b.crops, strict=True):
+                assert y.is_cuda and y.is_contiguous(memory_format=torch.channels_last)
+                assert (x.int() - y.cpu().int()).abs().float().mean() < 0.5
+
+
 def test_batches_are_owned(small: Beton) -> None:
     for engine in engines(small):
         kept = epoch(small, engine, workers=3)
