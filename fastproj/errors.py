@@ -36,4 +36,7 @@ def run_command(
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130  # as a shell reports SIGINT
     sys.exit(code)

@@ -14,6 +14,7 @@ from data_prep import write_ffcv
 from data_prep.encode import Store
 from fastproj import checkpoint, evaluate, train
 from fastproj.errors import run_command
+from fastproj.manifest import open_beton
 
 Main = Callable[[Sequence[str]], int | None]
 
@@ -127,8 +128,6 @@ def test_flipped_bytes_are_named_by_verify(
     house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = house / "jpeg" / "all.beton"
-    from fastproj.manifest import open_beton
-
     opened = open_beton(whole)
     where = [
         (sample, int(opened.pointer[sample]) + offset)
@@ -211,3 +210,19 @@ def test_no_write_permission(house: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "/proc/fastproj" in line
     argv = ["--dataset", "digits", "--out", "/proc/fastproj"]
     assert "/proc/fastproj" in refused(write_ffcv.main, argv, capsys)
+
+
+def test_what_is_no_input_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C leaves quietly; a mistake of our own keeps its traceback."""
+
+    def interrupted(argv: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    def mistaken(argv: Sequence[str]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(SystemExit) as left:
+        run_command(interrupted, [])
+    assert left.value.code == 130 and capsys.readouterr().err == "stopped\n"
+    with pytest.raises(ZeroDivisionError):
+        run_command(mistaken, [])
