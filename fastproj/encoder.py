@@ -30,7 +30,7 @@ def _from_torchvision(build: Callable[..., ResNet], stem: str) -> Encoder:
     layers = dict(build(weights=None).named_children())
     features = layers.pop("fc").in_features
     if stem == "cifar":
-        # Padding 2 as in the authors' code [METHODS 1, repo]: a 32×32 image becomes 34×34.
+        # Padding 2 as in the authors' code (PKU-ML/Projector_Theory): a 32×32 image becomes 34×34.
         layers["conv1"] = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
         layers["maxpool"] = nn.Identity()
     return Encoder({**layers, "flatten": nn.Flatten()}, features)
