@@ -7,18 +7,13 @@ Worker processes read, convert, resize, encode and hash; this process writes wha
 sample order, so the file is the same to the byte whatever the number of workers.
 """
 
-import multiprocessing
-import os
 import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +24,7 @@ if __name__ == "__main__":  # run as a file: Python then looks beside it, not in
 from data_prep.encode import Store, Stored, Unreadable, encode_chunk
 from data_prep.progress import Progress
 from data_prep.sources import Source, open_sources
+from data_prep.workers import Workers
 from data_prep.writer import Written, write_container
 from fastproj import __version__
 from fastproj.errors import InputError, SettingError, run_command
@@ -58,15 +54,13 @@ class SplitWriter:
 
     def __init__(self, store: Store, workers: int, skip: bool):
         self.store, self.workers, self.skip = store, workers, skip
-        # Not fork: the pool's own thread is running. Not spawn: every worker would import anew.
-        context = multiprocessing.get_context("forkserver")
-        self.pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+        self.pool = Workers(workers)
 
     def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.close()
 
     def write(self, source: Source, out: Path, dataset: str, command: str) -> Manifest:
         """Write ``out/<split>.beton`` and its manifest; what was there stays until both are whole.
@@ -95,26 +89,20 @@ class SplitWriter:
     ) -> Iterator[Stored]:
         """The stored samples in order; adds to ``histogram`` and ``unreadable`` on the way."""
         number = 0
-        try:
-            for results, counts in self._chunks(source):
-                histogram += counts
-                for result in results:
-                    if isinstance(result, Stored):
-                        yield result
-                    elif self.skip:
-                        unreadable[number] = result.reason
-                    else:
-                        raise InputError(
-                            f"cannot read {_place(source, number)}: {result.reason}; mend it, or "
-                            "leave it out with --data.on_error skip"
-                        )
-                    number += 1
-                progress.update(len(results))
-        except BrokenProcessPool:
-            raise InputError(
-                "a worker process was killed (for lack of memory?); nothing was written, try "
-                "again with fewer --data.workers"
-            ) from None
+        for results, counts in self._chunks(source):
+            histogram += counts
+            for result in results:
+                if isinstance(result, Stored):
+                    yield result
+                elif self.skip:
+                    unreadable[number] = result.reason
+                else:
+                    raise InputError(
+                        f"cannot read {_place(source, number)}: {result.reason}; mend it, or "
+                        "leave it out with --data.on_error skip"
+                    )
+                number += 1
+            progress.update(len(results))
 
     def _chunks(self, source: Source) -> Iterator[tuple[list[Stored | Unreadable], np.ndarray]]:
         """``encode_chunk``'s results in order; a bounded number of chunks is under way."""
@@ -180,20 +168,6 @@ def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; and no worker outlives a parent that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks: ImageNet has hundreds
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _verify(path: str) -> int:

@@ -5,7 +5,7 @@ import sys
 
 # OpenMP's threads spin while they wait, which steals the loader's cores and, where another process
 # wants one too, stalls every parallel loop: a training step then took over 10 s instead of 1.1
-# (4 cores, one of them busy). Asleep they cost nothing measurable. Read when torch is imported.
+# (4 cores, one of them busy). Asleep they cost nothing measurable. Read as torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"

@@ -57,8 +57,8 @@ def keep_freed_memory() -> None:
     """Ask glibc to reuse what a CPU step frees, instead of returning it to the kernel each time.
 
     By default every large tensor is mapped anew and its pages are faulted in by all threads at
-    once: a training step of 512 views at 32 px took 2.9 s, with this 0.8 s (4 shared cores). Does
-    nothing where the C library has no ``mallopt``.
+    once: a training step of 512 views at 32 px took 0.98 s, with this 0.76 s (4 cores; 2.9 s and
+    0.8 s beside another program). Does nothing where the C library has no ``mallopt``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -90,7 +90,6 @@ def test_lars_leaves_gradients_alone_and_stops_at_rate_zero():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_lars_never_waits_for_the_gpu():
     here = sum(random_params(), [])
     there = [nn.Parameter(p.detach().cuda()) for p in here]

@@ -278,7 +278,6 @@ def test_values_out_of_range_are_named(wrong):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_never_waits_and_equals_the_cpu(compiled):
     views = Views(PRESETS["byol"], MEAN, STD).cuda()
