@@ -56,7 +56,7 @@ def test_results_and_errors_come_back_in_their_futures(workers: Workers) -> None
 @pytest.mark.parametrize("death", [die, die_while_sending])
 def test_a_killed_worker_is_an_input_error(workers: Workers, death) -> None:
     with pytest.raises(InputError, match="a worker process was killed"):
-        workers.submit(death).result(timeout=20)
+        workers.submit(death).result(timeout=60)
 
 
 def test_closing_ends_workers_at_work() -> None:
