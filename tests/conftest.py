@@ -1,7 +1,14 @@
-"""For all tests: those marked ``gpu`` skip, visibly, where there is none."""
+"""For all tests: those marked ``gpu`` skip, visibly, where there is none; Ctrl-C is heard."""
+
+import signal
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    # A shell that runs the tests in the background lets them and their children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
