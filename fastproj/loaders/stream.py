@@ -1,10 +1,10 @@
 """Streams a beton through threads: each image is decoded once and every view cropped from it.
 
 It reads FFCV's container, but neither through FFCV's loader nor with FFCV's decoder, because on
-1.0.2 the loader costs 17-30 s of compilation at each start, hangs when a worker raises, hands
+1.0.2 the loader compiles its pipeline anew at each start, hangs when a worker raises, hands
 out buffers that it overwrites and cannot start inside an epoch; its crop is nearest-neighbour
 where it enlarges. libjpeg-turbo through simplejpeg decoded 2,900 images/s on four cores where
-FFCV's ``imdecode`` did 2,200 (ImageNet photographs of at most 400 px, quality 90), with the
+FFCV's ``imdecode`` did 2,200 (ImageNet photographs of at most 400 px, quality 90, on a lightly loaded machine), with the
 accurate DCT instead of the fast one.
 
 Where a GPU crops, the threads only decode into a padded batch and the device does the rest; on a
