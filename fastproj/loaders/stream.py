@@ -4,8 +4,8 @@ It reads FFCV's container, but neither through FFCV's loader nor with FFCV's dec
 1.0.2 the loader compiles its pipeline anew at each start, hangs when a worker raises, hands
 out buffers that it overwrites and cannot start inside an epoch; its crop is nearest-neighbour
 where it enlarges. libjpeg-turbo through simplejpeg decoded 2,900 images/s on four cores where
-FFCV's ``imdecode`` did 2,200 (ImageNet photographs of at most 400 px, quality 90, on a lightly loaded machine), with the
-accurate DCT instead of the fast one.
+FFCV's ``imdecode`` did 2,200 (ImageNet photographs of at most 400 px, quality 90; the machine
+had other work), with the accurate DCT instead of the fast one.
 
 Where a GPU crops, the threads only decode into a padded batch and the device does the rest; on a
 CPU the thread that decoded an image also crops it, while it is still in the cache.
