@@ -107,13 +107,42 @@ class _Gather(torch.autograd.Function):
         return total.chunk(world())[rank()]
 
 
+@torch.compiler.disable
+def _outside_graphs(function: type[torch.autograd.Function], x: Tensor) -> Tensor:
+    """Collectives as they are: inside a compiled graph torch would rewrite them."""
+    return function.apply(x)
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate every rank's ``x`` (n, ...) to (world·n, ...), in rank order.
 
     Differentiable: the gradient of ``x`` is the *sum* over ranks of what each rank's loss says of
     these rows. All ranks must give the same shape and dtype. Alone, ``x`` itself.
     """
-    return _Gather.apply(x) if world() > 1 else x
+    return _outside_graphs(_Gather, x) if world() > 1 else x
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of ``x`` over ranks, same shape and dtype.
+
+    Differentiable as ``gather`` is: the gradient of ``x`` is the *sum* over ranks of what each
+    rank's loss says of the total. All ranks must give the same shape. Alone, ``x`` itself.
+    """
+    return _outside_graphs(_Total, x) if world() > 1 else x
 
 
 def mean(x: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from fastproj import dist
 
 
 def on_ranks(world: int, function: Callable[[], Any], folder: Path, seconds: float = 120.0) -> list:
-    """What ``function`` (of a module's top level) returned on each of ``world`` Gloo ranks."""
+    """What ``function`` returned on each of ``world`` Gloo ranks.
+
+    It is a function of a module's top level, or a partial of one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +29,7 @@ def on_ranks(world: int, function: Callable[[], Any], folder: Path, seconds: flo
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"{world} ranks of {function.__name__} did not end in {seconds} s")
+            raise TimeoutError(f"{world} ranks of {function} did not end in {seconds} s")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 

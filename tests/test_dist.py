@@ -30,8 +30,13 @@ def collectives() -> dict:
     # Each rank weighs all rows differently, so that the sum over ranks shows.
     weights = torch.arange(gathered.numel(), dtype=torch.float32).reshape(gathered.shape)
     (gathered * weights * (rank + 1)).sum().backward()
+    y = torch.tensor([1.0 + rank, 2.0]).requires_grad_()
+    summed = dist.total(y)
+    (summed * (rank + 1)).sum().backward()
     dist.barrier()
     return {
+        "total": summed.detach(),
+        "total's gradient": y.grad,
         "rank": rank,
         "world": dist.world(),
         "main": dist.is_main(),
@@ -70,6 +75,12 @@ def test_gather_sums_gradients_over_ranks(seen):
         assert torch.equal(s["gradient"], weights[2 * rank : 2 * rank + 2] * (1 + 2 + 3))
 
 
+def test_total_sums_values_and_gradients_over_ranks(seen):
+    for s in seen:
+        assert torch.equal(s["total"], torch.tensor([1.0 + 2 + 3, 6.0]))
+        assert torch.equal(s["total's gradient"], torch.full((2,), 1.0 + 2 + 3))
+
+
 def test_mean_and_votes_are_the_same_everywhere(seen):
     for s in seen:
         assert torch.equal(s["mean"], torch.tensor([1.0, 1.0]))
@@ -81,7 +92,7 @@ def test_alone_nothing_is_initialised():
     assert dist.start("cpu") == (0, 1, 0)
     assert not torch.distributed.is_initialized()
     x = torch.randn(3, requires_grad=True)
-    assert dist.gather(x) is x
+    assert dist.gather(x) is x and dist.total(x) is x
     assert torch.equal(dist.mean(x), x) and not dist.mean(x).requires_grad
     assert dist.any_true(True) is True and dist.any_true(False) is False
     assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
