@@ -43,7 +43,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     run = Path(settings.run.dir) / settings.run.name
     sets = _open_sets(settings)
-    path, state = _load_checkpoint(settings, run)
+    path, state = load_checkpoint(settings, run)
     device = choose_device(settings.run.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -119,7 +119,7 @@ def _open_sets(settings: Settings) -> tuple[Beton, Beton]:
     return train, val
 
 
-def _load_checkpoint(settings: Settings, run: Path) -> tuple[Path, dict[str, Any]]:
+def load_checkpoint(settings: Settings, run: Path) -> tuple[Path, dict[str, Any]]:
     """Path and state of ``eval.checkpoint``; ``InputError`` if it holds another architecture."""
     if settings.eval.checkpoint == "last":
         newest = checkpoint.latest(run / "checkpoints")

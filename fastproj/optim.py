@@ -1,12 +1,12 @@
 """Optimisers: parameter groups, LARS, and the learning rate of each step.
 
-A group is a dictionary as torch.optim takes it, with two keys of ours: ``adapt`` (whether LARS
-scales its parameters' updates) and ``peak`` (its highest learning rate, from which ``set_rates``
-computes ``lr`` before each step).
+A group is a dictionary as torch.optim takes it, with three keys of ours: ``adapt`` (whether LARS
+scales its parameters' updates), ``peak`` (its highest learning rate, from which ``set_rates``
+computes ``lr`` before each step) and ``constant`` (true where the rate stays at its peak).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,20 @@ def warmup_cosine(step: int, total: int, warmup: float, peak: float, start: floa
 def set_rates(
     optimiser: torch.optim.Optimizer, step: int, total: int, warmup: float, start: float
 ) -> None:
-    """Give each group its rate for ``step``: ``warmup_cosine`` up to the group's own ``peak``."""
+    """Give each group its rate for ``step``: ``warmup_cosine`` up to the group's own ``peak``, or
+    that peak itself where the group is ``constant``."""
     for group in optimiser.param_groups:
-        group["lr"] = warmup_cosine(step, total, warmup, group["peak"], start)
+        group["lr"] = group["peak"]
+        if not group.get("constant"):
+            group["lr"] = warmup_cosine(step, total, warmup, group["peak"], start)
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """From ``first`` at progress 0 to ``last`` at 1 along half a cosine: a momentum encoder's
+    momentum [Grill et al. 2020, arXiv 2006.07733, section 3.3]."""
+    return last - (last - first) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def linear(values: Sequence[float], progress: float) -> float:
+    """From the first value at progress 0 to the last at 1; one value stays as it is."""
+    return values[0] + (values[-1] - values[0]) * progress

@@ -14,10 +14,13 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms before it, never one behind it.
 ROOMS = [
     *["errors", "machine", "device", "settings", "dist", "manifest", "loaders", "views"],
-    *["encoder", "projector", "learner", "objective", "optim", "checkpoint", "journal"],
-    *["features", "probe", "data_prep", "train", "evaluate", "doctor", "bench", "demo"],
+    *["encoder", "norm", "sparse", "projector", "objective", "regulariser", "learner", "optim"],
+    *["checkpoint", "journal", "diagnostics", "build", "trainer", "features", "probe", "data_prep"],
+    *["train", "evaluate", "report", "export", "doctor", "bench", "demo"],
 ]
-COMMANDS = {"data_prep", "train", "evaluate", "doctor", "bench", "demo"}
+# The commands, and what turns their settings into the parts of a run.
+COMMANDS = {"data_prep", "build", "trainer", "train", "evaluate", "report", "export", "doctor",
+            "bench", "demo"}  # fmt: skip
 
 SOURCES = sorted([*(ROOT / "fastproj").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
 RECIPES = sorted((ROOT / "rcfg").glob("*.yaml"))

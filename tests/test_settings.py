@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from fastproj.errors import InputError, SettingError
 from fastproj.settings import PREPARE, RUN, load
-from fastproj.settings.checkers import Bool, Choice, File, Float, Floats, Int, OrNull, Text
+from fastproj.settings.checkers import (
+    Bool,
+    Choice,
+    File,
+    Float,
+    Floats,
+    Int,
+    OrNull,
+    Schedule,
+    Text,
+)
 
 PARAMS = {".".join(path): param for path, param in RUN.entries.items()}
 TRAIN = ["--data.train", "train.beton"]
@@ -47,6 +57,8 @@ def from_file(folder: Path, text: str, *argv):
         (Floats(), "[1, 2]", (1.0, 2.0)),
         (Floats(), ["1e-3", "2"], (0.001, 2.0)),
         (Floats(), "5", (5.0,)),
+        (Schedule(), "1e-4", (1e-4,)),
+        (Schedule(), "0.1,0", (0.1, 0.0)),
         (OrNull(Int()), None, None),
         (OrNull(Int()), "null", None),
         (OrNull(Int()), "4", 4),
@@ -82,6 +94,8 @@ def test_checker_reads(checker, text, value):
         (Floats(), []),
         (Floats(), None),
         (Floats(low=0), "1,-1"),
+        (Schedule(), "1,2,3"),
+        (Schedule(low=0), "0,-1"),
         (Text(), ""),
         (Text(), "two\nlines"),
         (Text(), "nul\0"),
@@ -219,6 +233,96 @@ def test_unreadable_file(tmp_path):
         read("--cfg", str(tmp_path / "binary.yaml"), *TRAIN)
 
 
+def recipes(folder: Path, **files: str) -> str:
+    """Writes each as ``<name>.yaml``, ``folder__name`` into a folder; returns the first's path."""
+    paths = [folder / f"{name.replace('__', '/')}.yaml" for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return str(paths[0])
+
+
+def test_a_recipe_goes_before_its_base_wherever_it_names_it(tmp_path):
+    """Oracle: the chain written out by hand. A base is found from the folder of who names it."""
+    top = recipes(
+        tmp_path,
+        a__top="optim:\n  lr: 1\nviews:\n  flip: null\nbase: ../b/middle.yaml\n",
+        b__middle="base: bottom.yaml\noptim:\n  lr: 2\n  epochs: 20\n",
+        b__bottom="optim: {lr: 3, epochs: 30, momentum: 0.3}\nviews: {flip: 0.5}\n",
+    )
+    found = read("--cfg", top, *TRAIN, "--optim.weight_decay", "0")
+    assert (found.optim.lr, found.optim.epochs, found.optim.momentum) == (1, 20, 0.3)
+    assert found.views.flip is None
+    assert found.run.name == "top"
+    middle, bottom = tmp_path / "a/../b/middle.yaml", tmp_path / "a/../b/bottom.yaml"
+    assert {name: found.sources()[f"optim.{name}"] for name in found.optim._fields[1:]} == {
+        **dict.fromkeys(found.optim._fields[1:], "default"),
+        "lr": f"file {top}",
+        "epochs": f"file {middle}",
+        "momentum": f"file {bottom}",
+        "weight_decay": "command line",
+    }
+    assert f"  epochs: 20  # file {middle}" in found.to_yaml().splitlines()
+    again = read("--cfg", recipes(tmp_path, config=found.to_yaml()))
+    assert again.flat() == found.flat()  # config.yaml needs no base
+
+
+def test_a_base_is_read_as_strictly_as_a_recipe(tmp_path):
+    """Even where the recipe overrides it: a base is a recipe of its own."""
+    for text, words in [
+        ("optim:\n  lr: fast\n", "base.yaml, line 2: optim.lr must be a number above 0"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "base.yaml, line 3: optim.lr is already set on line 2"),
+        ("optm:\n  lr: 1\n", "base.yaml, line 1: unknown setting 'optm'"),
+    ]:
+        top = recipes(tmp_path, top="base: base.yaml\noptim:\n  lr: 1\n", base=text)
+        with pytest.raises(SettingError) as error:
+            read("--cfg", top, *TRAIN)
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base:\n", "top.yaml, line 1: base must be the path of a YAML file"),
+        ("optim: {}\nbase: [a, b]\n", "top.yaml, line 2: base must be the path"),
+        ("base: ''\n", "line 1: base must be the path"),
+        ("base: {a: b}\n", "line 1: a setting takes one value"),
+        ("base: a.yaml\nbase: b.yaml\n", "line 2: base is already set on line 1"),
+        ("optim:\n  base: a.yaml\n", "line 2: unknown setting 'optim.base'"),
+        ("bas: a.yaml\n", "did you mean 'base'?"),
+    ],
+)
+def test_a_base_is_one_path_at_the_top(tmp_path, text, words):
+    with pytest.raises(SettingError) as error:
+        read("--cfg", recipes(tmp_path, top=text), *TRAIN)
+    assert words in str(error.value)
+
+
+def test_a_missing_base_is_named_beside_the_recipe_that_wants_it(tmp_path):
+    top = recipes(tmp_path, top="base: middle.yaml\n", middle="optim:\n  lr: 1\nbase: none.yaml\n")
+    with pytest.raises(InputError) as error:
+        read("--cfg", top, *TRAIN)
+    assert str(error.value) == (
+        f"cannot read {tmp_path / 'none.yaml'}: No such file or directory; "
+        f"{tmp_path / 'middle.yaml'}, line 3, names it as its base"
+    )
+    assert error.value.exit_code == 1
+
+
+def test_a_recipe_that_is_its_own_base_is_one_error(tmp_path):
+    top = recipes(tmp_path, a="base: b.yaml\n", b="base: c.yaml\n", c="base: sub/../b.yaml\n")
+    (tmp_path / "sub").mkdir()
+    a, b, c = (tmp_path / f"{name}.yaml" for name in "abc")
+    with pytest.raises(InputError) as error:
+        read("--cfg", top, *TRAIN)
+    assert str(error.value) == (
+        f"{a} -> {b} -> {c} -> {tmp_path}/sub/../b.yaml: a recipe cannot be its own base; "
+        f"{c}, line 1, names it as its base"
+    )
+    with pytest.raises(InputError, match="cannot be its own base"):
+        read("--cfg", recipes(tmp_path, own="base: own.yaml\n"), *TRAIN)
+
+
 @pytest.mark.parametrize("schema", [RUN, PREPARE])
 def test_every_default_passes_its_own_checker(schema, tmp_path):
     argv = TRAIN if schema is RUN else []
@@ -251,7 +355,8 @@ def values(checker) -> st.SearchStrategy:
     if isinstance(checker, Choice):
         return st.sampled_from(checker.choices)
     if isinstance(checker, Text):
-        text = st.text(min_size=1).filter(str.isprintable)
+        printable = st.characters(exclude_categories=["C", "Z"], include_characters=" ")
+        text = st.text(printable, min_size=1)
         return text.filter(lambda t: not t.startswith("~") and t.lower() not in ("null", "none"))
     low = max(checker.low, -1e9)
     high = min(checker.high, 1e9)
@@ -259,7 +364,8 @@ def values(checker) -> st.SearchStrategy:
         return st.integers(math.ceil(low), math.floor(high))
     number = st.floats(max(low, checker.above), high, exclude_min=math.isfinite(checker.above))
     if isinstance(checker, Floats):
-        return st.lists(number, min_size=1, max_size=4).map(tuple)
+        most = 2 if isinstance(checker, Schedule) else 4
+        return st.lists(number, min_size=1, max_size=most).map(tuple)
     return number
 
 

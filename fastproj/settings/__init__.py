@@ -7,7 +7,18 @@ command line both arrive as text with a place, and one checker a setting turns t
 
 from fastargs import Config, Param, Section
 
-from fastproj.settings.checkers import Bool, Choice, File, Float, Floats, Int, OrNull, Text
+from fastproj.settings.checkers import (
+    Bool,
+    Choice,
+    File,
+    Float,
+    Floats,
+    Int,
+    Key,
+    OrNull,
+    Schedule,
+    Text,
+)
 from fastproj.settings.read import Settings, load
 
 __all__ = ["BENCH", "DEMO", "PREPARE", "RUN", "Settings", "load"]
@@ -18,6 +29,8 @@ _not_negative = Float(low=0)
 _count = Int(low=1)
 _chances = OrNull(Floats(low=0, high=1))
 _strengths = OrNull(Floats(low=0))
+_schedule = Schedule(low=0)  # of a penalty's weight
+_signed_schedule = Schedule()
 
 RUN = Config()
 Section("run", "the run and its folder", RUN).params(
@@ -50,6 +63,10 @@ Section(
     gray=Param(_chances, "probability of grayscale"),
     blur=Param(_chances, "probability of Gaussian blur"),
     solarise=Param(_chances, "probability of solarisation"),
+    local_crops=Param(Int(0), "small crops beside the two large ones (swav's multi-crop)", 0),
+    local_size=Param(Int(8), "side of a small crop, pixels", 96),
+    local_scale_min=Param(Float(above=0, high=1), "smallest small crop, share of the area", 0.05),
+    local_scale_max=Param(Float(above=0, high=1), "largest small crop, share of the area", 0.14),
 )
 Section("model", "the encoder", RUN).params(
     encoder=Param(
@@ -59,15 +76,53 @@ Section("model", "the encoder", RUN).params(
     sync_bn=Param(Bool(), "batch statistics over all ranks", False),
 )
 Section("projector", "the head between the encoder and the objective", RUN).params(
-    kind=Param(Choice("mlp", "linear", "none"), "architecture", "mlp"),
+    kind=Param(Key("fastproj.projector", "PROJECTORS"), "architecture", "mlp"),
     hidden=Param(_count, "width of hidden layers, units", 2048),
     out=Param(_count, "width of the output, units", 256),
     depth=Param(_count, "linear layers in an mlp", 2),
-    batch_norm=Param(Bool(), "batch normalisation after hidden layers", False),
+    batch_norm=Param(Bool(), "batch normalisation after an mlp's hidden layers", False),
+    dropout=Param(Float(low=0, high=0.99), "share of hidden units dropped", 0.0),
+    latents=Param(OrNull(_count), "width of a sparse last layer; null: a linear one"),
+    k=Param(_positive, "latents kept a row: a count, or below 1 a share of them", 0.01),
+    levels=Param(OrNull(Int(2)), "values a discretised output takes; null: continuous"),
+)
+Section("matrix_information", "penalty: matrix information of features and output", RUN).params(
+    weight=Param(_schedule, "0: none", (0.0,)),
+    alpha=Param(_positive, "order of the matrix entropy; 1: von Neumann's", 2.0),
+)
+Section("sparsehead", "penalty: group sparsity of the projector", RUN).params(
+    weight=Param(_schedule, "0: none", (0.0,)),
+    groups=Param(
+        Choice("columns", "rows", "activations"),
+        "of the first weight: columns (features), rows; or hidden activations",
+        "columns",
+    ),
+    scale_free=Param(Bool(), "norm over norm, which no scaling of the weights changes", True),
+    proximal=Param(Bool(), "a proximal step after each update instead of a gradient", False),
+)
+Section("superfluous", "penalty: what one view says beyond the other (MIB bound)", RUN).params(
+    noise=Param(Choice("none", "fixed", "learned"), "of the stochastic features", "none"),
+    sigma=Param(_positive, "standard deviation of the noise, or where it starts", 0.1),
+    lambda_a=Param(_signed_schedule, "weight of KL(view 1, view 2); may be negative", (0.0,)),
+    lambda_b=Param(_signed_schedule, "weight of KL(view 2, view 1); may be negative", (0.0,)),
 )
 Section("objective", "the loss on projected views", RUN).params(
-    name=Param(Choice("simclr"), "loss", "simclr"),
-    temperature=Param(_positive, "divides the cosine similarities", 0.2),
+    name=Param(Key("fastproj.objective", "OBJECTIVES"), "loss", "simclr"),
+    temperature=Param(_positive, "divides similarities: simclr, moco, swav, supcon", 0.2),
+    off_diagonal=Param(_not_negative, "barlow: weight of the off-diagonal entries", 0.0051),
+    scale=Param(_positive, "barlow: factor of the whole loss", 0.1),
+    invariance=Param(_not_negative, "vicreg: weight of the distance", 25.0),
+    variance=Param(_not_negative, "vicreg: weight of the variance hinge", 25.0),
+    covariance=Param(_not_negative, "vicreg: weight of the covariances", 1.0),
+    predictor_hidden=Param(_count, "byol, simsiam, mocov3: width of the predictor", 4096),
+    momentum=Param(_share, "byol, moco: of the momentum encoder, at the first step", 0.99),
+    momentum_end=Param(_share, "byol, moco: the same at the last step, along a cosine", 1.0),
+    queue=Param(Int(0), "mocov2plus, swav: samples remembered; 0: none", 0),
+    queue_epoch=Param(Int(0), "swav: first epoch that uses the queue, from 0", 15),
+    prototypes=Param(_count, "swav: prototypes", 3000),
+    sinkhorn_steps=Param(_count, "swav: iterations", 3),
+    epsilon=Param(_positive, "swav: entropy of the assignment", 0.05),
+    freeze_epochs=Param(Int(0), "swav: epochs with fixed prototypes", 1),
 )
 Section("optim", "optimiser and schedule", RUN).params(
     optimiser=Param(Choice("lars", "sgd", "adamw"), "update rule", "lars"),

@@ -1,5 +1,6 @@
 """What a setting may hold: text in, a value out, ``ValueError`` where the text does not fit."""
 
+import importlib
 import math
 import os
 import re
@@ -99,6 +100,20 @@ class Floats(Float):
 
 
 @dataclass(frozen=True)
+class Schedule(Floats):
+    """One number, for the whole run, or two: from the first to the second, linearly over it."""
+
+    def check(self, value: str | list[str] | None) -> tuple[float, ...]:
+        numbers = super().check(value)
+        if len(numbers) > 2:
+            raise ValueError
+        return numbers
+
+    def help(self) -> str:
+        return "one number, or first,last" + self._range()
+
+
+@dataclass(frozen=True)
 class Text(_Scalar):
     """Printable and not empty, so that it can name a file and fits on one line."""
 
@@ -135,6 +150,17 @@ class Choice(_Scalar):
 
     def help(self) -> str:
         return " | ".join(self.choices)
+
+
+class Key(Choice):
+    """A key of a room's table, so that a new one is one line there; the room is imported late."""
+
+    def __init__(self, room: str, table: str):
+        self.room, self.table = room, table
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(getattr(importlib.import_module(self.room), self.table))
 
 
 @dataclass(frozen=True)

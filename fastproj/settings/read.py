@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import yaml
 from fastargs import Config, Param
 
 from fastproj.errors import InputError, SettingError
-from fastproj.settings.checkers import Value
+from fastproj.settings.checkers import File, Value
+
+BASE = "base"  # the one key of a file that is no setting: the recipe to read before it
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,12 @@ def load(schema: Config, argv: Sequence[str], prog: str, description: str) -> Se
     """Read ``--cfg FILE``, then ``--section.name VALUE``, over the defaults of ``schema``.
 
     ``--section.name=VALUE`` and, where it is unique, ``--name`` do as well; the last one wins.
+    A file's ``base: OTHER`` reads that file first, from the folder of the one that names it.
     ``--help`` prints every setting and leaves with exit code 0. ``--debug`` is ``run_command``'s.
 
     Raises ``SettingError`` for a setting that is unknown, missing, ill-typed, out of range or twice
-    in the file, and ``InputError`` for a file that is missing, empty or no YAML mapping.
+    in one file, and ``InputError`` for a file that is missing, empty, no YAML mapping or its own
+    base.
     """
     params: dict[str, Param] = {".".join(path): param for path, param in schema.entries.items()}
     if "--help" in argv or "-h" in argv:
@@ -76,7 +81,7 @@ def load(schema: Config, argv: Sequence[str], prog: str, description: str) -> Se
     if cfg is not None:
         if "run.name" in params:
             values["run.name"], sources["run.name"] = Path(cfg).stem, f"file {cfg}"
-        given = [*_read_file(cfg, params), *given]
+        given = [*_read_recipe(cfg, params), *given]
     for name, text, source, where in given:
         try:
             values[name] = params[name].checker.check(text)
@@ -130,13 +135,38 @@ def _full_name(name: str, params: dict[str, Param]) -> str:
     return found[0]
 
 
-def _read_file(path: str, params: dict[str, Param]) -> Iterator[_Given]:
-    """The settings of one YAML file. Nodes, not objects: they keep lines, duplicates and text."""
+def _read_recipe(
+    path: str,
+    params: dict[str, Param],
+    chain: tuple[str, ...] = (),
+    asked: str = "--cfg takes a YAML file",
+) -> list[_Given]:
+    """The settings of a file, after those of the file that it is based on, so that its own win.
+
+    ``chain``: the files that led here, each based on the next; ``asked``: who named ``path``.
+    """
+    chain = (*chain, path)
+    if os.path.realpath(path) in map(os.path.realpath, chain[:-1]):
+        raise InputError(f"{' -> '.join(chain)}: a recipe cannot be its own base; {asked}")
+    before: list[_Given] = []
+    own = list(_read_file(path, params, asked))  # whole: its own mistakes come before its base's
+    for item in own:
+        if item.name == BASE:
+            try:
+                base = str(Path(path).parent / str(File().check(item.text)))
+            except ValueError:
+                raise SettingError(f"{item.where}: base must be the path of a YAML file") from None
+            before = _read_recipe(base, params, chain, f"{item.where}, names it as its base")
+    return before + [item for item in own if item.name != BASE]
+
+
+def _read_file(path: str, params: dict[str, Param], asked: str) -> Iterator[_Given]:
+    """What one YAML file gives. Nodes, not objects: they keep lines, duplicates and text."""
     try:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; --cfg takes a YAML file") from None
+        raise InputError(f"cannot read {path}: {error.strerror}; {asked}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):
@@ -156,10 +186,10 @@ def _read_file(path: str, params: dict[str, Param]) -> Iterator[_Given]:
             if name in lines:
                 raise SettingError(f"{where}: {name} is already set on line {lines[name]}")
             lines[name] = line
-            if name in params:
+            if name in params or name == BASE:
                 yield _Given(name, _text(node, where), f"file {path}", where)
             elif name not in sections:
-                right = _nearest(name, list(params))
+                right = _nearest(name, [*params, BASE])
                 raise SettingError(f"{where}: unknown setting {name!r}; did you mean {right!r}?")
             elif isinstance(node, yaml.MappingNode):
                 todo.append((f"{name}.", node))
@@ -200,6 +230,7 @@ def _help(schema: Config, params: dict[str, Param], prog: str, description: str)
         description,
         "The command line goes before the file, the file before the defaults shown here.",
         "A section may be left out where the name is unique.",
+        "In a file, base: OTHER reads another file first, from its own folder; its own lines win.",
     ]
     width = max(len(name) for name in params)
     for section in schema.sections.values():

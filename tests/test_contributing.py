@@ -1,0 +1,46 @@
+"""CONTRIBUTING.md adds an objective and a projector: its code is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from betons import digit_like, write
+
+from data_prep.encode import Store
+from fastproj import journal
+from fastproj.objective import OBJECTIVES
+from fastproj.projector import PROJECTORS
+from fastproj.settings import RUN, load
+from fastproj.train import train
+
+GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+def test_one_function_and_one_line_each(tmp_path, capsys):
+    before = dict(OBJECTIVES), dict(PROJECTORS)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, str(GUIDE), "exec"), {})
+        source = digit_like(np.random.default_rng(0), 40, 12, 4)
+        beton = write(source, tmp_path, Store("raw"))
+        options = {
+            "data.train": beton.path, "run.dir": tmp_path, "run.name": "r", "run.device": "cpu",
+            "model.encoder": "resnet_small", "views.size": 8, "views.blur": 0,
+            "objective.name": "alignment_uniformity", "projector.kind": "bottleneck",
+            "projector.hidden": 12, "projector.out": 8, "projector.levels": 5,
+            "projector.latents": 32, "matrix_information.weight": 0.1, "sparsehead.weight": 0.1,
+            "optim.batch_size": 20, "optim.epochs": 2,
+        }  # fmt: skip
+        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        run = train(load(RUN, argv, "test", ""))
+        assert journal.read(run / "metrics.jsonl")[-1]["event"] == "end"
+        with pytest.raises(SystemExit):
+            load(RUN, ["--help"], "test", "")
+        assert "| alignment_uniformity)" in capsys.readouterr().out
+    finally:
+        for table, entries in zip((OBJECTIVES, PROJECTORS), before, strict=True):
+            table.clear()
+            table.update(entries)

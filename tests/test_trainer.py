@@ -1,0 +1,218 @@
+"""The trainer: one rank equals two, penalties weigh what they should, all parts are kept."""
+
+import functools
+import math
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from betons import digit_like, write
+from ranks import on_ranks
+
+import fastproj.trainer
+from data_prep.encode import Store
+from fastproj import checkpoint, dist, journal
+from fastproj.build import build_learner
+from fastproj.errors import InputError, SettingError
+from fastproj.manifest import Beton
+from fastproj.objective import OBJECTIVES
+from fastproj.settings import RUN, Settings, load
+from fastproj.train import train
+from fastproj.trainer import Trainer
+
+BASE = {
+    "run.device": "cpu", "model.encoder": "resnet_small", "views.size": 8,
+    # Nothing is drawn but the crops, which are the same on any number of ranks.
+    "views.flip": 0, "views.jitter": 0, "views.gray": 0, "views.blur": 0, "views.solarise": 0,
+    "projector.hidden": 32, "projector.out": 16, "projector.batch_norm": "true",
+    "objective.predictor_hidden": 16, "objective.prototypes": 6, "objective.queue": 24,
+    "objective.queue_epoch": 1, "objective.momentum": 0.9, "optim.batch_size": 16,
+    "optim.optimiser": "sgd", "optim.lr": 0.1, "optim.epochs": 2, "optim.warmup_epochs": 0,
+    "model.sync_bn": "true", "train.log_every": 1,
+}  # fmt: skip
+STEPS = 6  # of 10: the second epoch has begun, SwAV's prototypes move and its queue is used
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
+    source = digit_like(np.random.default_rng(0), 83, 12, 4)
+    return write(source, tmp_path_factory.mktemp("data"), Store("raw"))
+
+
+def settings(beton: str | Path, folder: str | Path = "nowhere", **changes: object) -> Settings:
+    given = {"data.train": beton, "run.dir": folder, "run.name": "r", **BASE}
+    given |= {name.replace("__", "."): value for name, value in changes.items()}
+    argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return load(RUN, argv, "test", "")
+
+
+def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor]:
+    """The mean loss over ranks of each step, and all that was learned, in float64."""
+    rank = dist.Rank(dist.rank(), dist.world(), dist.rank())
+    # In float64 from the start: DDP takes the parameters as it finds them.
+    with mock.patch.object(
+        fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
+    ):
+        trainer = Trainer(settings(beton, **changes), rank, torch.device("cpu"))
+    for views in trainer.views:
+        views.dtype = torch.float64
+    losses = []
+    while len(losses) < STEPS:
+        trainer.learner.objective.begin_epoch(trainer.loader.cursor[0])
+        for batch in trainer.loader:
+            losses.append(dist.mean(trainer.train_step(batch)["loss"]))
+            if len(losses) == STEPS:
+                break
+    trainer.loader.close()
+    learned = {f"weights {name}": x for name, x in trainer.learner.state_dict().items()}
+    return {"losses": torch.stack(losses), **learned}
+
+
+VARIANTS = {
+    **{name: {"objective__name": name} for name in OBJECTIVES},
+    "swav with small crops": {
+        "objective__name": "swav", "views__local_crops": 2, "views__local_size": 8,
+    },
+    "discretised sparse": {"projector__latents": 64, "projector__levels": 30},
+    "sparsehead": {"sparsehead__weight": 0.1},
+    "sparsehead, proximal": {"sparsehead__weight": 0.1, "sparsehead__proximal": "true"},
+    "sparsehead of activations": {
+        "sparsehead__weight": 0.1, "sparsehead__groups": "activations",
+    },
+}  # fmt: skip
+
+
+def every_variant(beton: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(beton: Beton, tmp_path_factory: pytest.TempPathFactory) -> list:
+    function = functools.partial(every_variant, beton.path)
+    return on_ranks(2, function, tmp_path_factory.mktemp("ranks"), seconds=300)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
+    """Six steps of everything: gathered samples, synchronised batch norm, queues, teachers."""
+    alone = six_steps(beton.path, VARIANTS[name])
+    assert len(set(alone["losses"].tolist())) == STEPS
+    for seen in two_ranks:
+        for key, value in alone.items():
+            close = {"rtol": 1e-6, "atol": 1e-8}
+            torch.testing.assert_close(
+                seen[name][key], value, **close, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", ["byol", "mocov2plus", "swav"])
+def test_accumulation_moves_queues_and_teachers_once_a_step(beton: Beton, name: str) -> None:
+    whole, parts = (
+        six_steps(beton.path, {"objective__name": name, "optim__accumulate": parts})
+        for parts in (1, 4)
+    )
+    if name != "byol":
+        assert whole["weights objective.seen"] == parts["weights objective.seen"] == STEPS * 16
+    if name != "swav":
+        # A tensor that training leaves alone tells how often the average was taken.
+        trainer = Trainer(
+            settings(beton.path, objective__name=name, optim__accumulate=4),
+            dist.Rank(0, 1, 0),
+            torch.device("cpu"),
+        )
+        momenta: list[float] = []
+        trainer.learner.update_teacher = momenta.append  # type: ignore[method-assign]
+        for batch in trainer.loader:
+            trainer.train_step(batch)
+        # base 0.9 to 1 along a cosine of 10 steps, one value an optimiser step
+        wanted = [1 - 0.1 * (math.cos(math.pi * step / 10) + 1) / 2 for step in range(5)]
+        assert momenta == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_broken_run_with_every_kind_of_part_is_an_unbroken_one(
+    beton: Beton, tmp_path: Path, name: str
+) -> None:
+    changes = {
+        "objective__name": name, "superfluous__noise": "learned", "superfluous__lambda_a": 0.1,
+        "matrix_information__weight": "0,0.1", "sparsehead__weight": 0.1,
+        "projector__dropout": 0.2, "projector__levels": 4, "model__sync_bn": "false",
+    }  # fmt: skip
+    whole = train(settings(beton.path, tmp_path / "a", **changes))
+    train(settings(beton.path, tmp_path / "b", **changes, train__stop_after=7))
+    broken = train(settings(beton.path, tmp_path / "b", **changes, run__resume="true"))
+    ours, theirs = (checkpoint.load(checkpoint.latest(r / "checkpoints")) for r in (whole, broken))
+    for part in ("encoder", "projector", "objective", "noise", "probe"):
+        assert ours[part].keys() == theirs[part].keys()
+        for key, value in ours[part].items():
+            assert torch.equal(value, theirs[part][key]), f"{part}.{key}"
+    assert ("teacher" in ours) == (name in ("byol", "mocov2plus", "mocov3"))
+    steps = [
+        [e["loss"] for e in journal.read(r / "metrics.jsonl") if e["event"] == "step"]
+        for r in (whole, broken)
+    ]
+    assert len(steps[0]) == 10 and steps[0] == steps[1]
+
+
+def test_penalties_are_weighed_by_their_schedule_and_told_unweighted(beton: Beton) -> None:
+    changes = {
+        "matrix_information__weight": "0,1", "sparsehead__weight": 2,
+        "superfluous__noise": "fixed", "superfluous__lambda_a": -0.5,
+    }  # fmt: skip
+    trainer = Trainer(settings(beton.path, **changes), dist.Rank(0, 1, 0), torch.device("cpu"))
+    for step, batch in enumerate(trainer.loader):
+        told = {name: x.item() for name, x in trainer.train_step(batch).items()}
+        assert set(told) == {"loss", "online_probe", "objective", "matrix_information",
+                             "sparsehead", "superfluous_a"}  # fmt: skip
+        weighed = told["objective"] + step / 10 * told["matrix_information"]
+        weighed += 2 * told["sparsehead"] - 0.5 * told["superfluous_a"]
+        assert told["loss"] == pytest.approx(weighed, rel=1e-5)
+
+
+def test_the_proximal_step_makes_exact_zeros_where_the_gradient_does_not(beton: Beton) -> None:
+    zeros = {}
+    for proximal in ("true", "false"):
+        learned = six_steps(
+            beton.path, {"sparsehead__weight": 8, "sparsehead__proximal": proximal}
+        )
+        columns = learned["weights projector.trunk.0.weight"].norm(dim=0)
+        zeros[proximal] = int((columns == 0).sum())
+    assert zeros["true"] > 0 and zeros["false"] == 0
+
+
+def test_noise_without_divergences_is_the_control(beton: Beton) -> None:
+    plain, noisy = (
+        six_steps(beton.path, {"superfluous__noise": noise})["losses"]
+        for noise in ("none", "fixed")
+    )
+    assert not torch.equal(plain, noisy)
+    torch.testing.assert_close(plain[0], noisy[0], rtol=0.2, atol=0)
+
+
+BAD = {
+    "divergences without noise": (
+        {"superfluous__lambda_b": 0.1}, SettingError, "give --superfluous.noise fixed or learned"),
+    "small crops for two views": (
+        {"views__local_crops": 2}, InputError, "simclr compares two crops"),
+    "small crops' range": (
+        {"objective__name": "swav", "views__local_crops": 2, "views__local_scale_min": 0.5},
+        InputError, "views.local_scale_min 0.5 is above views.local_scale_max 0.14"),
+    "a penalty of weights that are not there": (
+        {"projector__kind": "none", "sparsehead__weight": 1}, InputError, "no weight"),
+    "a proximal step of activations": (
+        {"sparsehead__weight": 1, "sparsehead__groups": "activations",
+         "sparsehead__proximal": "true"},
+        SettingError, "give --sparsehead.groups columns or rows"),
+    "moco without a queue": (
+        {"objective__name": "mocov2plus", "objective__queue": 0}, SettingError, "needs one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_go_together_is_one_line(beton: Beton, tmp_path: Path, name: str) -> None:
+    changes, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        train(settings(beton.path, tmp_path, **changes))
+    assert not (tmp_path / "r").exists()
