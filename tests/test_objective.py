@@ -1,3 +1,5 @@
+"""NT-Xent in depth. All losses: test_losses_values.py and test_losses_contract.py."""
+
 import math
 
 import numpy as np
@@ -5,13 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fastproj import dist
 from fastproj.errors import InputError
-from fastproj.objective import OBJECTIVES, normalise, nt_xent
+from fastproj.objective.losses import normalise, nt_xent
 
 TAU = 0.2
 
@@ -138,69 +136,3 @@ def test_views_that_do_not_match_are_an_input_error():
         nt_xent(torch.randn(4, 3), torch.randn(5, 3), TAU)
     with pytest.raises(InputError, match="two views"):
         nt_xent(torch.randn(4), torch.randn(4), TAU)
-
-
-def test_simclr_is_in_the_table():
-    z1, z2 = two_views(3, 4)
-    assert torch.equal(OBJECTIVES["simclr"](z1, z2, temperature=TAU), nt_xent(z1, z2, TAU))
-
-
-# World size. Two Gloo processes on the CPU, the second with half of the global batch. BatchNorm is
-# left out: torch's SyncBatchNorm refuses tensors that are not on a GPU.
-WORLD, SHARE = 2, 5
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 6))
-    return layers.double()
-
-
-def shares(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x1, x2 = two_views(WORLD * SHARE, 7, seed=3)
-    mine = slice(rank * SHARE, (rank + 1) * SHARE)
-    return x1[mine], x2[mine]
-
-
-def gradient(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def on_one_share() -> dict:
-    x1, x2 = shares(dist.rank())
-    wrapped = DistributedDataParallel(network())
-    z1, z2 = wrapped(torch.cat([x1, x2])).chunk(2)
-    loss = nt_xent(z1, z2, TAU)
-    loss.backward()
-
-    z1, z2 = (z.detach().requires_grad_() for z in (z1, z2))
-    nt_xent(z1, z2, TAU).backward()
-    return {
-        "loss": loss.detach(),
-        "mean": dist.mean(loss),
-        "ddp": gradient(wrapped),
-        "z1": z1.grad,
-        "z2": z2.grad,
-    }
-
-
-def test_two_ranks_equal_one(tmp_path):
-    model = network()
-    x1, x2 = (torch.cat(parts) for parts in zip(*map(shares, range(WORLD)), strict=True))
-    z1, z2 = model(torch.cat([x1, x2])).chunk(2)
-    z1.retain_grad(), z2.retain_grad()
-    loss = nt_xent(z1, z2, TAU)
-    loss.backward()
-    assert loss.item() == pytest.approx(loop(z1, z2, TAU))
-
-    ranks = on_ranks(WORLD, on_one_share, tmp_path)
-    exact = {"rtol": 1e-10, "atol": 1e-12}
-    for seen in ranks:
-        torch.testing.assert_close(seen["mean"], loss.detach(), **exact)
-        torch.testing.assert_close(seen["ddp"], gradient(model), **exact)
-    # Before DDP's mean over ranks, each rank holds W times its rows' share of the gradient.
-    for z, name in ((z1, "z1"), (z2, "z2")):
-        gathered = torch.cat([seen[name] for seen in ranks]) / WORLD
-        torch.testing.assert_close(gathered, z.grad, **exact)
-    # Each rank's own loss is over its own anchors, so the two differ.
-    assert abs(ranks[0]["loss"] - ranks[1]["loss"]) > 1e-3

@@ -1,0 +1,265 @@
+"""Methods: a loss together with the parts that are its own.
+
+A predictor, a queue of keys, prototypes live here, in ``learner.objective``, and nowhere else, so
+they are optimised, checkpointed and moved to the device as part of the learner. What a method
+wants besides, a momentum copy of encoder and projector, it says by ``teacher``.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastproj import dist
+from fastproj.errors import SettingError
+from fastproj.objective.losses import (
+    byol,
+    info_nce,
+    moco_v3,
+    normalise,
+    simsiam,
+    sinkhorn,
+    sup_con,
+    swav,
+)
+
+
+class Objective(nn.Module):
+    """From projections to a loss. ``width`` is that of the projections.
+
+    ``teacher``: wants the projections of a momentum encoder. ``local_crops``: can use more crops
+    than two. ``constant_rate``: its own parameters' learning rate neither warms up nor decays.
+    """
+
+    teacher = False
+    local_crops = False
+    constant_rate = False
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        """The loss, a scalar of at least float32.
+
+        ``z`` (V, B, width): projections, the two large crops first; ``teacher`` (2, B, width): the
+        momentum encoder's, without gradient; ``labels`` int64 (B,), -1 where there is none.
+        """
+        raise NotImplementedError
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of an epoch, counted from 0, and on resuming inside one."""
+
+    def before_update(self) -> None:
+        """Called once an optimiser step, gradients ready."""
+
+    def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
+        """Called once an optimiser step with all of this rank's projections of that step."""
+
+
+class TwoViews(Objective):
+    """A loss ``f(z1, z2, **settings)`` without parts of its own."""
+
+    def __init__(self, loss: Callable[..., Tensor], **settings: float) -> None:
+        super().__init__()
+        self.loss, self.settings = loss, settings
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        return self.loss(z[0], z[1], **self.settings)
+
+
+class SupCon(Objective):
+    """Supervised contrastive learning, the upper reference [arXiv 2004.11362]."""
+
+    def __init__(self, width: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        return sup_con(z, labels, self.temperature)
+
+
+def predictor(width: int, hidden: int, batch_norm: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU-Linear; ``batch_norm``: an affine-free one after it, as MoCo v3 has."""
+    layers = [
+        nn.Linear(width, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, width, bias=not batch_norm),
+    ]
+    return nn.Sequential(*layers, *[nn.BatchNorm1d(width, affine=False)] * batch_norm)
+
+
+def _predict(head: nn.Module, z: Tensor) -> Tensor:
+    """``head`` of (V, B, width): one pass, so that batch statistics are those of all views."""
+    return head(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+
+class Byol(Objective):
+    """BYOL [arXiv 2006.07733]: predict the momentum encoder's projection of the other view."""
+
+    teacher = True
+
+    def __init__(self, width: int, predictor_hidden: int) -> None:
+        super().__init__()
+        self.predictor = predictor(width, predictor_hidden)
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        p1, p2 = _predict(self.predictor, z[:2])
+        return byol(p1, p2, teacher[0], teacher[1])
+
+
+class SimSiam(Objective):
+    """SimSiam [arXiv 2011.10566]: predict the other view's projection, which is held fixed.
+
+    The predictor's learning rate does not decay (the paper, section 4.2).
+    """
+
+    constant_rate = True
+
+    def __init__(self, width: int, predictor_hidden: int) -> None:
+        super().__init__()
+        self.predictor = predictor(width, predictor_hidden)
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        p1, p2 = _predict(self.predictor, z[:2])
+        return simsiam(p1, p2, z[0], z[1])
+
+
+class Remembering(Objective):
+    """One with a queue: the ``queue`` last samples of all ranks, two projections of each."""
+
+    queue: Tensor
+    seen: Tensor
+
+    def __init__(self, width: int, queue: int) -> None:
+        super().__init__()
+        keys = normalise(torch.randn(2 * queue, width))
+        self.register_buffer("queue", keys.view(2, queue, width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # samples ever remembered
+
+    def remember(self, projections: Tensor) -> None:
+        """``projections`` (2, B, width) of this rank's samples and the others' take the place of
+        the oldest, normalised; in the same order whatever the world size."""
+        size = self.queue.shape[1]
+        if size == 0:
+            return
+        every = dist.gather(projections.detach().transpose(0, 1).contiguous())[-size:]
+        place = (self.seen + torch.arange(len(every), device=every.device)) % size
+        for queue, keys in zip(self.queue, every.unbind(1), strict=True):
+            queue[place] = normalise(keys.to(queue.dtype))
+        self.seen += len(every)
+
+
+class MocoV2Plus(Remembering):
+    """MoCo v2 with a symmetric loss ("v2+") [arXiv 1911.05722, 2003.04297; solo-learn].
+
+    As there, each view has its own queue. Keys pass batch normalisation unshuffled: use
+    ``model.sync_bn`` where a rank's share is small.
+    """
+
+    teacher = True
+
+    def __init__(self, width: int, temperature: float, queue: int) -> None:
+        if queue < 1:
+            raise SettingError("objective.queue: mocov2plus needs one, say --objective.queue 32768")
+        super().__init__(width, queue)
+        self.temperature = temperature
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        first = info_nce(z[0], teacher[1], self.queue[1], self.temperature)
+        second = info_nce(z[1], teacher[0], self.queue[0], self.temperature)
+        return (first + second) / 2
+
+    def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
+        assert teacher is not None
+        self.remember(teacher)
+
+
+class MocoV3(Objective):
+    """MoCo v3 [arXiv 2104.02057]: a predictor, a momentum encoder, negatives of the batch."""
+
+    teacher = True
+
+    def __init__(self, width: int, temperature: float, predictor_hidden: int) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.predictor = predictor(width, predictor_hidden, batch_norm=True)
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        q1, q2 = _predict(self.predictor, z[:2])
+        return moco_v3(q1, q2, teacher[0], teacher[1], self.temperature)
+
+
+class Swav(Remembering):
+    """SwAV [arXiv 2006.09882]: predict one crop's assignment to prototypes from another crop.
+
+    Assignments are solved for the global batch on every rank, and from ``queue_epoch`` on together
+    with the queue, if there is one and it is full. Prototypes have unit length and stay as they are
+    during the first ``freeze_epochs``.
+    """
+
+    local_crops = True
+
+    def __init__(
+        self,
+        width: int,
+        temperature: float,
+        prototypes: int,
+        sinkhorn_steps: int,
+        epsilon: float,
+        freeze_epochs: int,
+        queue: int,
+        queue_epoch: int,
+    ) -> None:
+        super().__init__(width, queue)
+        self.temperature, self.epsilon, self.steps = temperature, epsilon, sinkhorn_steps
+        self.freeze_epochs, self.queue_epoch = freeze_epochs, queue_epoch
+        self.frozen = self.remembers = False
+        self.prototypes = nn.Linear(width, prototypes, bias=False)
+        with torch.no_grad():
+            self.prototypes.weight.copy_(normalise(self.prototypes.weight))
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.frozen = epoch < self.freeze_epochs
+        full = int(self.seen) >= self.queue.shape[1] > 0
+        self.remembers = full and epoch >= self.queue_epoch
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            dtype = torch.promote_types(z.dtype, torch.float32)
+            weight = self.prototypes.weight
+            views = normalise(z.to(dtype).flatten(0, 1))
+            scores = F.linear(views, weight).unflatten(0, z.shape[:2])
+            with torch.no_grad():
+                codes = torch.stack([self._codes(scores[view], view) for view in (0, 1)])
+        return swav(scores, codes, self.temperature)
+
+    def _codes(self, scores: Tensor, view: int) -> Tensor:
+        """Assignments (B, prototypes) of this rank's samples in one view."""
+        every = dist.gather(scores.detach())
+        count = len(every)
+        if self.remembers:
+            every = torch.cat([every, F.linear(self.queue[view], self.prototypes.weight)])
+        codes = sinkhorn(every, self.epsilon, self.steps)[:count]
+        return codes.view(dist.world(), -1, codes.shape[1])[dist.rank()]
+
+    def before_update(self) -> None:
+        if self.frozen:
+            self.prototypes.weight.grad = None
+
+    def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
+        with torch.no_grad():
+            self.prototypes.weight.copy_(normalise(self.prototypes.weight))
+        self.remember(z[:2])
+
+
+def build(made: Callable[..., Any], width: int, settings: dict[str, Any]) -> Objective:
+    """``made`` is a loss ``f(z1, z2, ...)`` or an ``Objective``; it gets the settings it names."""
+    names = inspect.signature(made).parameters
+    chosen = {name: value for name, value in settings.items() if name in names}
+    if isinstance(made, type):
+        return made(width, **chosen)
+    return TwoViews(made, **chosen)
