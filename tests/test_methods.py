@@ -205,3 +205,30 @@ def test_small_crops_join_the_large_ones_behind_one_encoder():
     step = model((large, small), labels())
     assert step.projections.shape == (5, 4, 6) and step.features.shape == (2, 4, 5)
     assert step.logits.shape == (2, 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["barlow", "mocov2plus", "mocov3", "simsiam", "swav"])
+def test_eager_equals_compiled(name):
+    """The whole forward pass, compiled in place: same terms, same gradients, same names."""
+    eager, compiled = learner(name), learner(name)
+    names = compiled.state_dict().keys()
+    compiled.compile()
+    assert compiled.state_dict().keys() == names
+    torch.manual_seed(1)
+    groups = (torch.randn(8, 3, 2, 2),)
+    for _ in range(2):  # the second step sees the buffers that the first one changed
+        seen = []
+        for model in (eager, compiled):
+            step = model(groups, labels())
+            (step.terms["objective"] + step.logits.square().mean()).backward()
+            model.objective.after_update(step.projections, step.teacher)
+            seen.append(step.terms["objective"].detach())
+        torch.testing.assert_close(*seen)
+    for (key, ours), theirs in zip(
+        eager.named_parameters(), compiled.parameters(), strict=True
+    ):
+        if ours.requires_grad:
+            torch.testing.assert_close(theirs.grad, ours.grad, msg=lambda m, key=key: f"{key}: {m}")
+    for (key, ours), theirs in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(theirs, ours, msg=lambda m, key=key: f"{key}: {m}")

@@ -182,6 +182,24 @@ def test_the_proximal_step_makes_exact_zeros_where_the_gradient_does_not(beton: 
     assert zeros["true"] > 0 and zeros["false"] == 0
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_mixed_precision_learns_the_same(beton: Beton, tmp_path: Path, name: str) -> None:
+    """bfloat16 has three digits: the loss before and after an update is float32's within 10 %."""
+    changes = {
+        "objective__name": name, "projector__latents": 64, "matrix_information__weight": 0.1,
+        "sparsehead__weight": 0.1, "superfluous__noise": "learned", "superfluous__lambda_a": 0.01,
+        "train__stop_after": 2, "optim__lr": 0.01,
+    }  # fmt: skip
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        changes["train__precision"] = precision
+        run = train(settings(beton.path, tmp_path / precision, **changes))
+        events = journal.read(run / "metrics.jsonl")
+        losses.append([e["loss"] for e in events if e["event"] == "step"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.05)
+
+
 def test_noise_without_divergences_is_the_control(beton: Beton) -> None:
     plain, noisy = (
         six_steps(beton.path, {"superfluous__noise": noise})["losses"]
