@@ -265,13 +265,17 @@ def test_half_precision_features():
     assert report == pytest.approx(wanted, rel=1e-5)
 
 
-def test_watching_keeps_references_to_the_last_rows():
+def test_watching_keeps_references_to_the_last_rows(monkeypatch):
     kept = Diagnostics(head(), "simclr")
     steps = watched(steps=20, batch=ROWS // 16)  # 512 rows a step
     for h, z in steps:
         kept.watch(h.requires_grad_(), z)
     assert [h.data_ptr() for h, _ in kept._kept] == [h.data_ptr() for h, _ in steps[-8:]]
     assert not any(x.requires_grad for pair in kept._kept for x in pair)
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    kept.watch(*steps[0])
+    assert len(kept._kept) == 4  # this rank's half of the rows
+    monkeypatch.undo()
     large = watched(steps=1, batch=ROWS)
     kept.watch(*large[0])
     assert len(kept._kept) == 1  # the last step is kept whole
