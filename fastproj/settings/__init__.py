@@ -98,7 +98,7 @@ Section("sparsehead", "penalty: group sparsity of the projector", RUN).params(
         "columns",
     ),
     scale_free=Param(Bool(), "norm over norm, which no scaling of the weights changes", True),
-    proximal=Param(Bool(), "a proximal step after each update instead of a gradient", False),
+    proximal=Param(Bool(), "weight · sum of norms, by a proximal step after each update", False),
 )
 Section("superfluous", "penalty: what one view says beyond the other (MIB bound)", RUN).params(
     noise=Param(Choice("none", "fixed", "learned"), "of the stochastic features", "none"),
@@ -188,7 +188,7 @@ Section("bench", "what is measured, and on which images", BENCH).params(
     photos=Param(OrNull(File()), "jpeg beton of photographs, cropped to 224 pixels"),
     squares=Param(OrNull(File()), "square beton of photographs, cropped to 224 pixels"),
     small=Param(OrNull(File()), "raw beton of small images, cropped to 32 pixels"),
-    device=Param(Choice("auto", "cpu", "cuda"), "where views are computed", "auto"),
+    device=Param(Choice("auto", "cpu", "cuda"), "where views and heads are computed", "auto"),
     workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
     repeats=Param(_count, "measured calls, after the warm-up", 5),
     out=Param(File(), "JSON file to write", "bench-results/bench.json"),
