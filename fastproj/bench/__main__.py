@@ -1,4 +1,4 @@
-"""Command: ``python -m fastproj.bench loaders|views|all``: a table, and a JSON file."""
+"""Command: ``python -m fastproj.bench loaders|views|heads|all``: a table, and a JSON file."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fastproj.bench import loaders, views
+from fastproj.bench import heads, loaders, views
 from fastproj.device import choose_device
 from fastproj.errors import SettingError, run_command
 from fastproj.journal import environment
 from fastproj.settings import BENCH, Settings, load
 
-STAGES = ("loaders", "views", "all")
+STAGES = ("loaders", "views", "heads", "all")
 
 
 def bench(stage: str, settings: Settings) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def bench(stage: str, settings: Settings) -> dict[str, Any]:
         if missing:
             print(f"not measured: loaders on {', '.join(missing)} (give --bench.NAME BETON)")
     if stage in ("views", "all"):
-        device = choose_device(given.device)
-        rows += views.run(str(device), repeats=given.repeats)
+        rows += views.run(str(choose_device(given.device)), repeats=given.repeats)
+    if stage in ("heads", "all"):
+        rows += heads.run(str(choose_device(given.device)), repeats=given.repeats)
     return {
         "stage": stage,
         "time": time.time(),
