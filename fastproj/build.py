@@ -104,6 +104,11 @@ def build_penalties(settings: Settings, projector: Projector) -> dict[str, Penal
     if "sparsehead" in wanted:
         if sparse.groups != "activations":
             projector.first_weight()  # complain now where there is none
+        elif not len(projector.trunk):
+            raise SettingError(
+                "sparsehead.groups: this projector has no hidden activations, and those of the "
+                "encoder are not the head's: give columns or rows, or a deeper projector"
+            )
         elif sparse.proximal:
             raise SettingError(
                 "sparsehead.proximal shrinks weights: give --sparsehead.groups columns or rows"

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     terms: dict[str, Tensor]  # "objective" and every penalty: scalars, unweighted
     logits: Tensor  # (2, B, classes): the probe's, of the two large crops
-    features: Tensor  # (2, B, d), detached
+    features: Tensor  # (2, B, d), detached, noise and all
     projections: Tensor  # (V, B, o), detached
     teacher: Tensor | None  # (2, B, o)
 
@@ -89,8 +89,13 @@ class Learner(nn.Module):
                 teacher = by_view(self.teacher(groups[0]))
         terms = {"objective": self.objective(seen.projections, teacher, labels)}
         terms |= {name: penalty(seen) for name, penalty in self.penalties.items()}
-        watched = seen.mean[:2].detach()
-        return Step(terms, self.probe(watched), watched, seen.projections.detach(), teacher)
+        return Step(
+            terms,
+            self.probe(seen.mean[:2].detach()),
+            seen.features[:2].detach(),
+            seen.projections.detach(),
+            teacher,
+        )
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -7,12 +7,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastproj import dist
 
 
-class HostSyncBatchNorm(_BatchNorm):
-    """What ``nn.SyncBatchNorm`` does, for a CPU, which that one refuses.
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalisation whose mean and biased variance are those of all ranks' samples.
 
-    Mean and biased variance of each channel are those of all ranks' samples, so that two ranks
-    compute what one rank would with both halves of the batch, gradients included. Every rank
-    must give the same number of samples.
+    Two ranks compute what one rank would with both halves of the batch, gradients included. Every
+    rank must give the same number of samples. ``nn.SyncBatchNorm`` does the same but refuses a CPU,
+    and on a GPU it waits for the device in every call (torch 2.15: a mask of the ranks' counts).
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -20,19 +20,20 @@ class HostSyncBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm needs (N, C, ...), not {tuple(input.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) to the same shape, normalised."""
+        """(N, C, ...) to the same shape and dtype, normalised."""
         if not self.training or dist.world() == 1:
             return super().forward(x)
         self._check_input_dim(x)
         axes = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1] * dist.world()
         shape = [1, -1] + [1] * (x.ndim - 2)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = dist.total(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = dist.total(centred.square().sum(axes)) / count
+        own = torch.stack(torch.var_mean(values, axes, correction=0))
+        variances, means = dist.gather(own[None]).unbind(1)  # (ranks, C) each, in one collective
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        count = x.numel() // x.shape[1] * dist.world()
         self._track(mean.detach(), variance.detach() * count / max(count - 1, 1))
-        y = centred * (variance + self.eps).rsqrt().view(shape)
+        y = (values - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
@@ -47,14 +48,13 @@ class HostSyncBatchNorm(_BatchNorm):
 
 
 def synchronise(module: nn.Module) -> None:
-    """Let every batch normalisation below ``module``, already on its device, see all ranks.
+    """Let every batch normalisation below ``module`` see all ranks, in place.
 
-    In place: parameters and buffers are the same objects before and after, under the same names.
+    Parameters and buffers are the same objects before and after, under the same names.
     """
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            on_host = child.running_mean is None or child.running_mean.device.type == "cpu"
-            sync = (HostSyncBatchNorm if on_host else nn.SyncBatchNorm)(
+            sync = SyncBatchNorm(
                 child.num_features, child.eps, child.momentum, child.affine,
                 child.track_running_stats,
             )  # fmt: skip

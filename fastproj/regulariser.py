@@ -160,7 +160,8 @@ def proximal_step_(weight: Tensor, groups: str, threshold: float | Tensor) -> No
 
     minimises ½‖v - w_j‖² + threshold·‖v‖ over v [Parikh and Boyd 2014, section 6.5.1]: after an
     update at rate η, a threshold of ηλ is one step of proximal gradient descent on λ Σ_j ‖w_j‖
-    (ηλ/√G on λ·``group_sparsity``). It gives the exact zeros that gradients do not.
+    (ηλ/√G on λ·``group_sparsity``); after LARS, AdamW or momentum it is only in their spirit. It
+    gives the exact zeros that gradients do not.
     """
     norms = _norms(weight, groups)
     shrink = (norms - threshold).clamp(min=0) / torch.where(norms == 0, 1.0, norms)

@@ -186,6 +186,7 @@ class Trainer:
         """What follows the optimiser once a step, whatever the number of ranks and parts."""
         sparse, chosen = self.settings.sparsehead, self.settings.objective
         if sparse.proximal and "sparsehead" in self.weights:
+            # η is the schedule's rate, whatever LARS, AdamW or momentum make of a gradient's.
             weight = linear(self.weights["sparsehead"], self.step / self.total_steps)
             rate = self.optimiser.param_groups[0]["lr"]
             proximal_step_(self.learner.projector.first_weight(), sparse.groups, rate * weight)

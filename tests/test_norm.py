@@ -8,7 +8,7 @@ from ranks import on_ranks
 from torch import nn
 
 from fastproj import dist
-from fastproj.norm import HostSyncBatchNorm, synchronise
+from fastproj.norm import SyncBatchNorm, synchronise
 
 WORLD, SHARE = 2, 3
 
@@ -68,8 +68,8 @@ def test_alone_it_is_plain_batch_norm_under_the_same_names():
     synced = copy.deepcopy(plain)
     weight = synced[1].weight
     synchronise(synced)
-    assert isinstance(synced[1], HostSyncBatchNorm)
-    assert isinstance(synced[4], HostSyncBatchNorm)
+    assert isinstance(synced[1], SyncBatchNorm)
+    assert isinstance(synced[4], SyncBatchNorm)
     assert synced[1].weight is weight
     assert synced.state_dict().keys() == plain.state_dict().keys()
     for training in (True, False):
@@ -81,7 +81,7 @@ def test_alone_it_is_plain_batch_norm_under_the_same_names():
 
 def test_what_it_cannot_track_is_refused(monkeypatch):
     monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "total", lambda x: 2 * x)
-    norm = HostSyncBatchNorm(3, track_running_stats=False)
+    monkeypatch.setattr(dist, "gather", lambda x: torch.cat([x, x]))
+    norm = SyncBatchNorm(3, track_running_stats=False)
     with pytest.raises(NotImplementedError, match="running statistics"):
         norm(torch.randn(4, 3))

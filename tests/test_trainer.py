@@ -10,12 +10,14 @@ import pytest
 import torch
 from betons import digit_like, write
 from ranks import on_ranks
+from torch import nn
 
 import fastproj.trainer
 from data_prep.encode import Store
 from fastproj import checkpoint, dist, journal
 from fastproj.build import build_learner
 from fastproj.errors import InputError, SettingError
+from fastproj.learner import Learner
 from fastproj.manifest import Beton
 from fastproj.objective import OBJECTIVES
 from fastproj.settings import RUN, Settings, load
@@ -51,9 +53,13 @@ def settings(beton: str | Path, folder: str | Path = "nowhere", **changes: objec
 def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor]:
     """The mean loss over ranks of each step, and all that was learned, in float64."""
     rank = dist.Rank(dist.rank(), dist.world(), dist.rank())
-    # In float64 from the start: DDP takes the parameters as it finds them.
-    with mock.patch.object(
-        fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
+    # In float64 from the start: DDP takes the parameters as it finds them. Where it compiles, only
+    # the graphs matter, not the machine code.
+    with (
+        mock.patch.object(
+            fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
+        ),
+        mock.patch.object(Learner, "compile", lambda self: nn.Module.compile(self, "aot_eager")),
     ):
         trainer = Trainer(settings(beton, **changes), rank, torch.device("cpu"))
     for views in trainer.views:
@@ -81,6 +87,9 @@ VARIANTS = {
     "sparsehead of activations": {
         "sparsehead__weight": 0.1, "sparsehead__groups": "activations",
     },
+    "simclr compiled": {"train__compile": "true", "superfluous__noise": "learned",
+                        "superfluous__sigma": 1e-12},
+    "mocov3 compiled": {"train__compile": "true", "objective__name": "mocov3"},
 }  # fmt: skip
 
 
@@ -97,7 +106,7 @@ def two_ranks(beton: Beton, tmp_path_factory: pytest.TempPathFactory) -> list:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
     """Six steps of everything: gathered samples, synchronised batch norm, queues, teachers."""
-    alone = six_steps(beton.path, VARIANTS[name])
+    alone = six_steps(beton.path, {**VARIANTS[name], "train__compile": "false"})
     assert len(set(alone["losses"].tolist())) == STEPS
     for seen in two_ranks:
         for key, value in alone.items():
@@ -109,12 +118,9 @@ def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["byol", "mocov2plus", "swav"])
 def test_accumulation_moves_queues_and_teachers_once_a_step(beton: Beton, name: str) -> None:
-    whole, parts = (
-        six_steps(beton.path, {"objective__name": name, "optim__accumulate": parts})
-        for parts in (1, 4)
-    )
     if name != "byol":
-        assert whole["weights objective.seen"] == parts["weights objective.seen"] == STEPS * 16
+        learned = six_steps(beton.path, {"objective__name": name, "optim__accumulate": 4})
+        assert learned["weights objective.seen"] == STEPS * 16
     if name != "swav":
         # A tensor that training leaves alone tells how often the average was taken.
         trainer = Trainer(
@@ -149,6 +155,28 @@ def test_a_broken_run_with_every_kind_of_part_is_an_unbroken_one(
         for key, value in ours[part].items():
             assert torch.equal(value, theirs[part][key]), f"{part}.{key}"
     assert ("teacher" in ours) == (name in ("byol", "mocov2plus", "mocov3"))
+    steps = [
+        [e["loss"] for e in journal.read(r / "metrics.jsonl") if e["event"] == "step"]
+        for r in (whole, broken)
+    ]
+    assert len(steps[0]) == 10 and steps[0] == steps[1]
+
+
+def test_a_run_broken_while_the_queue_fills_is_an_unbroken_one(
+    beton: Beton, tmp_path: Path
+) -> None:
+    """SwAV's queue of 40 is full, and used, within the first epoch: on resuming there as well."""
+    changes = {
+        "objective__name": "swav", "objective__queue": 40, "objective__queue_epoch": 0,
+        "model__sync_bn": "false",
+    }  # fmt: skip
+    whole = train(settings(beton.path, tmp_path / "a", **changes))
+    for stop in (2, 1, 1):
+        resume = "false" if stop == 2 else "true"
+        changes |= {"train__stop_after": stop, "run__resume": resume}
+        broken = train(settings(beton.path, tmp_path / "b", **changes))
+    changes["train__stop_after"] = "null"
+    train(settings(beton.path, tmp_path / "b", **changes))
     steps = [
         [e["loss"] for e in journal.read(r / "metrics.jsonl") if e["event"] == "step"]
         for r in (whole, broken)
@@ -223,6 +251,10 @@ BAD = {
         {"sparsehead__weight": 1, "sparsehead__groups": "activations",
          "sparsehead__proximal": "true"},
         SettingError, "give --sparsehead.groups columns or rows"),
+    "activations of no hidden layer": (
+        {"projector__kind": "none", "projector__latents": 64, "sparsehead__weight": 1,
+         "sparsehead__groups": "activations"},
+        SettingError, "no hidden activations"),
     "moco without a queue": (
         {"objective__name": "mocov2plus", "objective__queue": 0}, SettingError, "needs one"),
 }  # fmt: skip

@@ -217,15 +217,20 @@ class Swav(Remembering):
         super().__init__(width, queue)
         self.temperature, self.epsilon, self.steps = temperature, epsilon, sinkhorn_steps
         self.freeze_epochs, self.queue_epoch = freeze_epochs, queue_epoch
-        self.frozen = self.remembers = False
+        self.epoch = self.remembered = 0
+        self.frozen = self.remembers = False  # flags: a compiled forward pass has one for each
         self.prototypes = nn.Linear(width, prototypes, bias=False)
         with torch.no_grad():
             self.prototypes.weight.copy_(normalise(self.prototypes.weight))
 
     def begin_epoch(self, epoch: int) -> None:
         self.frozen = epoch < self.freeze_epochs
-        full = int(self.seen) >= self.queue.shape[1] > 0
-        self.remembers = full and epoch >= self.queue_epoch
+        self.epoch, self.remembered = epoch, int(self.seen)
+        self._look()
+
+    def _look(self) -> None:
+        full = self.remembered >= self.queue.shape[1] > 0
+        self.remembers = full and self.epoch >= self.queue_epoch
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
@@ -254,6 +259,8 @@ class Swav(Remembering):
         with torch.no_grad():
             self.prototypes.weight.copy_(normalise(self.prototypes.weight))
         self.remember(z[:2])
+        self.remembered += z.shape[1] * dist.world()
+        self._look()
 
 
 def build(made: Callable[..., Any], width: int, settings: dict[str, Any]) -> Objective:
