@@ -23,6 +23,7 @@ from fastproj.objective import OBJECTIVES
 from fastproj.settings import RUN, Settings, load
 from fastproj.train import train
 from fastproj.trainer import Trainer
+from fastproj.views import Views
 
 BASE = {
     "run.device": "cpu", "model.encoder": "resnet_small", "views.size": 8,
@@ -59,7 +60,10 @@ def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor
         mock.patch.object(
             fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
         ),
-        mock.patch.object(Learner, "compile", lambda self: nn.Module.compile(self, "aot_eager")),
+        mock.patch.object(
+            Learner, "compile", lambda self: nn.Module.compile(self, backend="aot_eager")
+        ),
+        mock.patch.object(Views, "compile", lambda self: None),
     ):
         trainer = Trainer(settings(beton, **changes), rank, torch.device("cpu"))
     for views in trainer.views:
