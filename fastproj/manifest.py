@@ -61,12 +61,14 @@ def row_type(square: bool) -> np.dtype:
     return np.dtype([(n, IMAGE if n == "image" else np.dtype("<i8")) for n in names], align=True)
 
 
-def sample_digest(stored: bytes, *row: int) -> bytes:
+def sample_digest(stored: bytes | memoryview, *row: int) -> bytes:
     """SHA-256 of a sample: its row (little-endian, without the pointer), then its stored bytes.
 
     ``row``: mode, width, height, label, source_width, source_height, named as in ``Beton``.
     """
-    return hashlib.sha256(struct.pack("<BHHqqq", *row) + stored).digest()
+    digest = hashlib.sha256(struct.pack("<BHHqqq", *row))
+    digest.update(stored)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,12 @@ class Beton:
         """The stored bytes of one sample: uint8 (length,), a view into ``data``."""
         start = self.pointer[sample]
         return self.data[start : start + self.length[sample]]
+
+    def digest(self, sample: int, stored: bytes | memoryview) -> bytes:
+        """``sample_digest`` of these bytes with this sample's row."""
+        image = (self.mode, self.width, self.height)
+        row = (*image, self.label, self.source_width, self.source_height)
+        return sample_digest(stored, *(int(column[sample]) for column in row))
 
 
 def open_beton(path: str | os.PathLike) -> Beton:
@@ -375,8 +383,6 @@ def _chunk_digests(beton: Beton, chunk: range) -> list[bytes | str]:
     With pread, because a disk error under a memory map is a SIGBUS.
     """
     results: list[bytes | str] = []
-    image = (beton.mode, beton.width, beton.height)
-    row = (*image, beton.label, beton.source_width, beton.source_height)
     with beton.path.open("rb") as file:
         for i in chunk:
             try:
@@ -384,7 +390,7 @@ def _chunk_digests(beton: Beton, chunk: range) -> list[bytes | str]:
             except OSError as error:
                 results.append(f"cannot be read: {error.strerror}")
                 continue
-            results.append(sample_digest(stored, *(int(column[i]) for column in row)))
+            results.append(beton.digest(i, stored))
     return results
 
 
