@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import multiprocessing
+import sys
 import threading
 from pathlib import Path
 
@@ -315,3 +316,13 @@ def test_what_cannot_be_opened_says_so(small: Beton, photos: dict[str, Beton]) -
         open_loader(small, GROUPS, 76)
     with pytest.raises(InputError, match="cannot be resident: use --data.engine stream"):
         open_loader(photos["jpeg"], GROUPS, 8, engine="resident")
+
+
+def test_dali_is_looked_for_only_when_asked_for(
+    small: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as where it is not installed
+    assert len(epoch(small, "stream")) == 9
+    with pytest.raises(InputError, match=r"needs NVIDIA DALI .*run \./setup\.sh dali") as found:
+        open_loader(small, GROUPS, 8, engine="dali")
+    assert "\n" not in str(found.value)

@@ -13,6 +13,7 @@ import torch
 from fastproj.errors import InputError
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
+from fastproj.loaders.dali import DaliLoader
 from fastproj.loaders.order import Order
 from fastproj.loaders.reference import ReferenceLoader
 from fastproj.loaders.resident import ResidentLoader, is_uniform
@@ -22,7 +23,7 @@ from fastproj.manifest import Beton
 
 __all__ = ["ENGINES", "Batch", "Center", "Crop", "Loader", "open_loader"]
 
-ENGINES = ("auto", "resident", "stream", "reference")
+ENGINES = ("auto", "resident", "stream", "dali", "reference")
 
 
 def open_loader(
@@ -44,8 +45,8 @@ def open_loader(
 
     ``engine`` auto takes resident where the set is raw, of one size and fits ``memory_share`` of
     the device's free memory (on a CPU only where images are so small that batched crops win), else
-    stream. ``workers`` 0 is one for each core this process may use. Raises InputError when a batch
-    is larger than the set or the engine cannot read this beton.
+    stream; never dali. ``workers`` 0 is one for each core this process may use. Raises InputError
+    when a batch is larger than the set, the engine cannot read this beton, or DALI is missing.
     """
     device = torch.device(device)
     order = Order(len(beton), batch_size, seed, shuffle, drop_last, rank, world)
@@ -57,6 +58,8 @@ def open_loader(
         loader = ResidentLoader(beton, groups, order, device)
     elif engine == "stream":
         loader = StreamLoader(beton, groups, order, device, workers)
+    elif engine == "dali":
+        loader = DaliLoader(beton, groups, order, device, workers)
     elif engine == "reference":
         loader = ReferenceLoader(beton, groups, order, device, workers)
     else:

@@ -43,7 +43,9 @@ Section("run", "the run and its folder", RUN).params(
 Section("data", "the betons and how they are read", RUN).params(
     train=Param(File(), "beton to pre-train and to train probes on", required=True),
     val=Param(OrNull(File()), "beton on which probes are scored"),
-    engine=Param(Choice("auto", "resident", "stream", "reference"), "loader engine", "auto"),
+    engine=Param(
+        Choice("auto", "resident", "stream", "dali", "reference"), "loader engine", "auto"
+    ),
     workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
     memory_share=Param(_share, "resident if the set fits this share of free memory", 0.5),
 )
