@@ -43,12 +43,12 @@ def run(data: Path, out: Path, recipe: str, seed: int) -> dict[str, Any]:
                "run.dir": out, "run.name": name, "run.seed": seed, **CHANGES}  # fmt: skip
     options = [f"--{key}={value}" for key, value in changes.items()]
     baselines = ["--eval.baselines", str(recipe == "cifar10_cpu" and seed == 0).lower()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def command(module: str, *more: str) -> None:
         argv = [sys.executable, "-m", f"fastproj.{module}", "--cfg", f"rcfg/{recipe}.yaml"]
         with open(out / f"{name}.log", "a") as log:
-            subprocess.run([*argv, *options, *more], cwd=ROOT, env=environment, check=True,
+            subprocess.run([*argv, *options, *more], cwd=ROOT, env=one_thread, check=True,
                            stdout=log, stderr=log)  # fmt: skip
 
     metrics = folder / "metrics.jsonl"
@@ -63,13 +63,15 @@ def run(data: Path, out: Path, recipe: str, seed: int) -> dict[str, Any]:
     accuracy = {row["features"]: (row["linear"]["top1"], row["knn"]["top1"])
                 for row in report["rows"]}  # fmt: skip
     epoch = [event for event in events if event["event"] == "epoch"][-1]
+    environment = json.loads((folder / "environment.json").read_text())
+    del environment["command"]  # its paths are this machine's own
     print(f"{time.strftime('%H:%M:%S')} {name}: {accuracy}", flush=True)
     return {
         "accuracy": accuracy,
         "images_per_second": events[-1]["images_per_second"],
         "diagnostics": epoch["diagnostics"],
         "loss": epoch["loss"],
-        "environment": json.loads((folder / "environment.json").read_text()),
+        "environment": environment,
     }
 
 

@@ -41,6 +41,7 @@ PACKAGES = {
     "pillow": "PIL",
     "psutil": "psutil",
     "pyyaml": "yaml",
+    "safetensors": "safetensors",
     "scikit-learn": "sklearn",
     "setuptools": "setuptools",
     "simplejpeg": "simplejpeg",

@@ -138,8 +138,11 @@ def test_state_survives_a_safe_file(name, tmp_path):
 
 def test_groups_hold_each_parameter_once():
     encoder = build_encoder("resnet_small", "cifar")
-    projector = build_projector("mlp", encoder.features, 16, 8, 3, batch_norm=True)
-    projector[0].weight.requires_grad_(False)
+    projector = build_projector(
+        "mlp", encoder.features, hidden=16, out=8, depth=3, batch_norm=True, dropout=0.0,
+        latents=20, k=2, levels=None,
+    )  # fmt: skip
+    projector.trunk[0].weight.requires_grad_(False)
     decayed, plain = parameter_groups([encoder, projector, projector], weight_decay=1e-4)
     wanted = [*encoder.parameters(), *projector.parameters()]
     wanted = {id(p) for p in wanted if p.requires_grad}
@@ -150,7 +153,8 @@ def test_groups_hold_each_parameter_once():
     for module in [*encoder.modules(), *projector.modules()]:
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                vector = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) or name == "bias"
+                norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+                vector = norm or name in ("bias", "pre_bias")
                 assert any(p is q for q in (plain if vector else decayed)["params"])
     assert (decayed["weight_decay"], decayed["adapt"]) == (1e-4, True)
     assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
@@ -159,7 +163,7 @@ def test_groups_hold_each_parameter_once():
 def test_the_probe_is_plain_sgd_at_its_own_rate():
     probe, twin = nn.Linear(6, 3), nn.Linear(6, 3)
     twin.load_state_dict(probe.state_dict())
-    projector = build_projector("linear", 6, 0, 4, 1, False)
+    projector = nn.Linear(6, 4)
     groups = [*parameter_groups([projector], 0.1), probe_group(probe, peak=0.05)]
     lars = build_optimiser("lars", groups, lr=0.4, momentum=0.9, trust=0.02)
     sgd = torch.optim.SGD(twin.parameters(), 0.05, momentum=0.9)
@@ -173,6 +177,15 @@ def test_the_probe_is_plain_sgd_at_its_own_rate():
             optimiser.step()
     torch.testing.assert_close(probe.weight, twin.weight)
     torch.testing.assert_close(probe.bias, twin.bias)
+
+
+def test_a_constant_group_keeps_its_peak_while_the_others_follow_the_schedule():
+    group = {"params": list(nn.Linear(2, 2).parameters()), "weight_decay": 0.0, "adapt": False}
+    constant = {**group, "params": list(nn.Linear(2, 2).parameters()), "constant": True}
+    optimiser = build_optimiser("sgd", [group, constant], lr=0.4, momentum=0.9, trust=0.02)
+    for step, rate in ((0, 0.1), (2, 0.4), (6, 0.2), (10, 0.0)):
+        set_rates(optimiser, step, total=10, warmup=2, start=0.1)
+        assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([rate, 0.4])
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(100, 10), (7, 3), (50, 0)])
