@@ -39,10 +39,10 @@ class SyncBatchNorm(_BatchNorm):
         return y.to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.momentum is None:
-            raise NotImplementedError("batch norm without running statistics of fixed momentum")
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        # Encoders, projectors and predictors all build torch's default: statistics, fixed momentum.
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 

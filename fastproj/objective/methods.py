@@ -6,6 +6,7 @@ wants besides, a momentum copy of encoder and projector, it says by ``teacher``.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from fastproj.objective.losses import (
 )
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """From projections to a loss. ``width`` is that of the projections.
 
     ``teacher``: wants the projections of a momentum encoder. ``local_crops``: can use more crops
@@ -38,21 +39,21 @@ class Objective(nn.Module):
     local_crops = False
     constant_rate = False
 
+    @abstractmethod
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         """The loss, a scalar of at least float32.
 
         ``z`` (V, B, width): projections, the two large crops first; ``teacher`` (2, B, width): the
         momentum encoder's, without gradient; ``labels`` int64 (B,), -1 where there is none.
         """
-        raise NotImplementedError
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:  # noqa: B027  most have nothing to do
         """Called before the first step of an epoch, counted from 0, and on resuming inside one."""
 
-    def before_update(self) -> None:
+    def before_update(self) -> None:  # noqa: B027
         """Called once an optimiser step, gradients ready."""
 
-    def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
+    def after_update(self, z: Tensor, teacher: Tensor | None) -> None:  # noqa: B027
         """Called once an optimiser step with all of this rank's projections of that step."""
 
 
