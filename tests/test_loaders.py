@@ -19,10 +19,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from data_prep.encode import Store
 from fastproj.errors import InputError
-from fastproj.loaders import Batch, Center, Crop, _choose, open_loader
+from fastproj.loaders import Batch, Center, Crop, _choose, open_loader, resident
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.order import Order
+from fastproj.loaders.resident import ResidentLoader
 from fastproj.loaders.stream import StreamLoader
 from fastproj.machine import cores
 from fastproj.manifest import Beton
@@ -309,6 +310,16 @@ def test_auto_takes_resident_where_it_fits_a_gpu(
     engine, reason = _choose(small, gpu, 0.4)
     assert engine == "stream" and reason.endswith("is more than the share of 40%")
     assert _choose(photos["jpeg"], gpu, 0.5)[1] == "stream: JPEGs or images of several sizes"
+
+
+def test_resident_reads_the_set_in_pieces(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_loader(small, GROUPS, 8, engine="resident")
+    monkeypatch.setattr(resident, "CHUNK", 16)  # 75 images: four pieces and a rest
+    pieces = open_loader(small, GROUPS, 8, engine="resident", workers=2)
+    assert isinstance(whole, ResidentLoader) and isinstance(pieces, ResidentLoader)
+    assert torch.equal(whole.images, pieces.images)
+    stored = np.array(small.stored(70)).reshape(20, 20, 3)
+    assert np.array_equal(pieces.images[70].permute(1, 2, 0), stored)
 
 
 def test_each_loader_says_why_it_was_chosen(small: Beton) -> None:
