@@ -18,6 +18,7 @@ from fastproj import checkpoint, dist, journal
 from fastproj.build import build_learner
 from fastproj.errors import InputError, SettingError
 from fastproj.learner import Learner
+from fastproj.loaders import Batch
 from fastproj.manifest import Beton
 from fastproj.objective import OBJECTIVES
 from fastproj.settings import RUN, Settings, load
@@ -61,7 +62,7 @@ def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor
             fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
         ),
         mock.patch.object(
-            Learner, "compile", lambda self: nn.Module.compile(self, backend="aot_eager")
+            Learner, "compile", lambda self, **_: nn.Module.compile(self, backend="aot_eager")
         ),
         mock.patch.object(Views, "compile", lambda self: None),
     ):
@@ -70,7 +71,7 @@ def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor
         views.dtype = torch.float64
     losses = []
     while len(losses) < STEPS:
-        trainer.learner.objective.begin_epoch(trainer.loader.cursor[0])
+        trainer.begin_epoch(trainer.loader.cursor[0])
         for batch in trainer.loader:
             losses.append(dist.mean(trainer.train_step(batch)["loss"]))
             if len(losses) == STEPS:
@@ -97,8 +98,17 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def read_in_an_epoch(beton: Path) -> dict[str, torch.Tensor]:
+    """The samples that this rank's trainer reads in its second epoch."""
+    rank = dist.Rank(dist.rank(), dist.world(), dist.rank())
+    trainer = Trainer(settings(beton), rank, torch.device("cpu"))
+    trainer.loader.seek(1, 0)
+    return {"index": torch.cat([batch.index for batch in trainer.loader])}
+
+
 def every_variant(beton: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+    seen = {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+    return seen | {"read": read_in_an_epoch(beton)}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +128,13 @@ def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
             torch.testing.assert_close(
                 seen[name][key], value, **close, msg=lambda m, key=key: f"{key}: {m}"
             )
+
+
+def test_each_sample_is_read_once_by_one_of_two_ranks(beton: Beton, two_ranks: list) -> None:
+    shares = [seen["read"]["index"].tolist() for seen in two_ranks]
+    assert [len(share) for share in shares] == [40, 40]  # 5 steps of 8 on each; 3 of 83 left over
+    alone = read_in_an_epoch(beton.path)["index"].tolist()
+    assert len(set(alone)) == 80 and sorted(sum(shares, [])) == sorted(alone)
 
 
 @pytest.mark.parametrize("name", ["byol", "mocov2plus", "swav"])
@@ -241,7 +258,60 @@ def test_noise_without_divergences_is_the_control(beton: Beton) -> None:
     torch.testing.assert_close(plain[0], noisy[0], rtol=0.2, atol=0)
 
 
+def on_gpu(beton: Path, **changes: object) -> tuple[Trainer, list[Batch]]:
+    """A trainer of a run on the GPU, and the batches of its first epoch."""
+    given = settings(beton, run__device="cuda", data__engine="resident", **changes)
+    trainer = Trainer(given, dist.Rank(0, 1, 0), torch.device("cuda", 0))
+    trainer.begin_epoch(0)
+    return trainer, list(trainer.loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("wish", ["true", "graphs"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_compiled_and_graphed_steps_on_a_gpu_equal_eager_ones(
+    beton: Beton, name: str, wish: str
+) -> None:
+    """Ten steps: a graph is warmed up, recorded, and then replayed over its own memory."""
+    changes = {"objective__name": name, "train__precision": "float32"}
+    losses = {}
+    for compile_ in ("false", wish):
+        trainer, batches = on_gpu(beton.path, train__compile=compile_, **changes)
+        told = [trainer.train_step(batch) for batch in batches * 2]
+        losses[compile_] = torch.stack([t["loss"] for t in told]).tolist()
+        assert all(math.isfinite(x) for x in trainer.diagnostics.report().values())
+    assert losses[wish] == pytest.approx(losses["false"], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_on_a_gpu_waits_for_nothing(beton: Beton, name: str, precision: str) -> None:
+    """Data, views, forward, backward, update: once warm, none makes the host wait."""
+    changes = {
+        "objective__name": name, "train__precision": precision, "train__compile": "false",
+        "superfluous__noise": "learned", "superfluous__lambda_a": 0.1,
+        "matrix_information__weight": "0,0.1", "sparsehead__weight": 0.1,
+        "sparsehead__proximal": "true", "projector__dropout": 0.2, "projector__levels": 4,
+        "views__flip": 0.5, "views__jitter": 0.8, "views__gray": 0.2, "optim__optimiser": "lars",
+    }  # fmt: skip
+    trainer, batches = on_gpu(beton.path, **changes)
+    for batch in batches:
+        trainer.train_step(batch)
+    trainer.begin_epoch(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in trainer.loader:
+            trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 BAD = {
+    "graphs without a GPU": (
+        {"train__compile": "graphs"}, InputError, r"for one GPU, not 1 rank\(s\) on cpu"),
     "divergences without noise": (
         {"superfluous__lambda_b": 0.1}, SettingError, "give --superfluous.noise fixed or learned"),
     "small crops for two views": (

@@ -143,7 +143,11 @@ Section("train", "precision, logging and checkpoints", RUN).params(
     precision=Param(
         Choice("auto", "float32", "bfloat16", "float16"), "auto: float32 on a CPU", "auto"
     ),
-    compile=Param(Choice("auto", "true", "false"), "torch.compile; auto: where it pays", "auto"),
+    compile=Param(
+        Choice("auto", "true", "false", "graphs"),
+        "torch.compile; auto: on a GPU; graphs: CUDA graphs as well, for one GPU (not measured)",
+        "auto",
+    ),
     log_every=Param(_count, "steps between logged steps", 10),
     checkpoint_every=Param(_count, "epochs between checkpoints", 1),
     keep=Param(_count, "newest checkpoints kept", 2),
