@@ -54,6 +54,11 @@ Section(
 ).params(
     preset=Param(Choice("simclr", "barlow", "byol"), "published augmentation", "simclr"),
     size=Param(Int(8), "side of a crop, pixels", 32),
+    size_start=Param(
+        OrNull(Int(8)),
+        "side in the first quarter of the run, growing to views.size in the last; it changes the"
+        " recipe; null: views.size throughout",
+    ),
     scale_min=Param(Float(above=0, high=1), "smallest crop, share of the image's area", 0.08),
     scale_max=Param(Float(above=0, high=1), "largest crop, share of the image's area", 1.0),
     flip=Param(_chances, "probability of a horizontal flip"),
