@@ -25,6 +25,8 @@ from fastproj.settings import Settings
 from fastproj.views import PRESETS, View, Views
 
 LARGE = 2  # crops of views.size: every objective compares two
+STAGES = 4  # sizes of a crop that grows, the first and the last included
+GRID = {"cifar": 4, "imagenet": 32}  # pixels, of which the sizes between are multiples
 
 
 def build_learner(settings: Settings, classes: int) -> Learner:
@@ -135,7 +137,27 @@ def build_optimised(settings: Settings, learner: Learner) -> list[Group]:
     return [group for group in groups if group["params"]]
 
 
-def build_crops(settings: Settings) -> list[Crop]:
+def crop_size(settings: Settings, epoch: int) -> int:
+    """Side in pixels of the large crops in ``epoch``, counted from 0.
+
+    ``views.size``, or growing to it from ``views.size_start`` in ``STAGES`` equal parts of the run,
+    so that a model is compiled for few sizes; a run of fewer epochs leaves out the first of them.
+    Small crops first is FFCV's "progressive resizing" (Leclerc et al. 2023, arXiv 2306.12517);
+    the last epochs are of the size that is evaluated (FixRes, Touvron et al. 2019, arXiv
+    1906.06423). Raises ``InputError`` where the crops would shrink.
+    """
+    first, last = settings.views.size_start, settings.views.size
+    if first is None:
+        return int(last)
+    if first > last:
+        raise InputError(f"views.size_start {first} is above views.size {last}")
+    stage = (STAGES * (epoch + 1) - 1) // settings.optim.epochs
+    grid = GRID[settings.model.stem]
+    between = round((first + (last - first) * stage / (STAGES - 1)) / grid) * grid
+    return {0: first, STAGES - 1: last}.get(stage, min(max(between, first), last))
+
+
+def build_crops(settings: Settings, epoch: int) -> list[Crop]:
     """Two large crops an image and, where asked for, ``views.local_crops`` small ones."""
     views = settings.views
     for low, high in (("scale_min", "scale_max"), ("local_scale_min", "local_scale_max")):
@@ -143,7 +165,7 @@ def build_crops(settings: Settings) -> list[Crop]:
             raise InputError(
                 f"views.{low} {getattr(views, low)} is above views.{high} {getattr(views, high)}"
             )
-    large = Crop(views.size, LARGE, (views.scale_min, views.scale_max))
+    large = Crop(crop_size(settings, epoch), LARGE, (views.scale_min, views.scale_max))
     scale = (views.local_scale_min, views.local_scale_max)
     small = [Crop(views.local_size, views.local_crops, scale)] if views.local_crops else []
     return [large, *small]

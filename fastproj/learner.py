@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastproj.encoder import Encoder
 from fastproj.objective import Objective
@@ -30,10 +31,22 @@ class Step(NamedTuple):
     """What a step needs of a forward pass, and what is watched."""
 
     terms: dict[str, Tensor]  # "objective" and every penalty: scalars, unweighted
-    logits: Tensor  # (2, B, classes): the probe's, of the two large crops
+    probe_loss: Tensor  # scalar: the online probe's cross-entropy on the two large crops
+    probe_hits: Tensor  # scalar: its share of right answers
     features: Tensor  # (2, B, d), detached, noise and all
     projections: Tensor  # (V, B, o), detached
     teacher: Tensor | None  # (2, B, o)
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and share of right answers over the labelled samples; -1 is no label.
+
+    ``logits`` (n, classes) float32, ``labels`` (n,) int64. Both 0 where nothing is labelled
+    (STL-10's unlabelled split), so that the probe then learns nothing and disturbs nothing.
+    """
+    labelled = (labels >= 0).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / labelled
+    return loss, (logits.detach().argmax(1) == labels).sum() / labelled
 
 
 class Learner(nn.Module):
@@ -89,9 +102,11 @@ class Learner(nn.Module):
                 teacher = by_view(self.teacher(groups[0]))
         terms = {"objective": self.objective(seen.projections, teacher, labels)}
         terms |= {name: penalty(seen) for name, penalty in self.penalties.items()}
+        large = seen.mean[:2].detach()
+        logits = self.probe(large.flatten(0, 1)).float()
         return Step(
             terms,
-            self.probe(seen.mean[:2].detach()),
+            *score(logits, labels.repeat(len(large))),
             seen.features[:2].detach(),
             seen.projections.detach(),
             teacher,

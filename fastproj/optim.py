@@ -50,8 +50,11 @@ class Lars(torch.optim.Optimizer):
         m ← momentum·m + min(1, rate/lr)·(g + λw);  w ← w − lr·m
 
     Groups with ``adapt=False`` put 1 for that minimum: plain SGD with momentum. All tensors of a
-    group are handled by a few multi-tensor calls and nothing waits for the device.
+    group are handled by a few multi-tensor calls and nothing waits for the device, nor for a
+    ``GradScaler`` that found a gradient which is not finite: the step then changes nothing.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, tensors, instead
 
     def __init__(
         self,
@@ -80,6 +83,9 @@ class Lars(torch.optim.Optimizer):
     def _step_group(self, group: Group) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params]
+        scale, not_finite = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None:
+            grads = list(torch._foreach_div(grads, scale))
         updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["adapt"]:
             torch._foreach_mul_(updates, _trust_ratios(params, grads, group))
@@ -87,9 +93,14 @@ class Lars(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
+        changed = [*params, *buffers]
+        before = [] if not_finite is None else [x.clone() for x in changed]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        if not_finite is not None:
+            for now, old in zip(changed, before, strict=True):
+                now.copy_(torch.where(not_finite > 0, old, now))
 
 
 def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: Group) -> list[Tensor]:
@@ -109,12 +120,14 @@ def build_optimiser(
     AdamW takes no ``momentum`` (its betas are torch's). Raises ``SettingError`` for another name.
     """
     groups = [{"peak": lr, **group} for group in groups]
+    # On a GPU one kernel a group, which also asks GradScaler on the device whether to skip a step.
+    fused = all(p.is_cuda for group in groups for p in group["params"]) or None  # torch's default
     if name == "lars":
         return Lars(groups, lr, momentum=momentum, trust=trust)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr, momentum=momentum, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr)
+        return torch.optim.AdamW(groups, lr, fused=fused)
     raise SettingError(f"optim.optimiser: no {name!r}; choose one of lars, sgd, adamw")
 
 

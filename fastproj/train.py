@@ -55,6 +55,7 @@ def train(settings: Settings) -> Path:
     try:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True  # batches have few shapes: time the algorithms
             device = torch.device("cuda", rank.local)
         else:
             keep_freed_memory()
@@ -118,7 +119,7 @@ def _loop(
     while trainer.step < last:
         epoch, before = loader.cursor[0], clock.seconds()
         told: defaultdict[str, list[Tensor]] = defaultdict(list)
-        trainer.learner.objective.begin_epoch(epoch)
+        trainer.begin_epoch(epoch)
         logged, spent = trainer.step, clock.seconds()
         for batch in loader:
             clock.lap("data_wait")

@@ -89,6 +89,56 @@ def test_lars_leaves_gradients_alone_and_stops_at_rate_zero():
         assert p.grad is None if grad is None else torch.equal(p.grad, grad)
 
 
+def test_lars_skips_a_step_that_a_scaler_finds_not_finite():
+    """A real GradScaler: scaled gradients move it as plain ones do, an infinite one not at all."""
+    ours, theirs = random_params(), random_params()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))  # makes its state, as the first loss does
+    scaled, plain = (
+        Lars(parameter_groups([nn.ParameterList(sum(p, []))], 1e-3), lr=0.4) for p in (ours, theirs)
+    )
+    for step, scale in enumerate((8.0, 8.0, 4.0)):
+        for params, optimiser in ((ours, scaled), (theirs, plain)):
+            fill_grads(*params, step)
+            if optimiser is plain:
+                if step != 1:
+                    optimiser.step()
+                continue
+            for p in sum(params, []):
+                if p.grad is not None:
+                    p.grad *= scale
+            if step == 1:
+                params[0][0].grad.view(-1)[0] = torch.inf
+            scaler.step(optimiser)
+            scaler.update()
+        torch.testing.assert_close(ours, theirs)
+    assert scaler.get_scale() == 4.0
+    for p, q in zip(sum(ours, []), sum(theirs, []), strict=True):
+        torch.testing.assert_close(scaled.state[p], plain.state[q])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_scaler_never_makes_an_optimiser_wait_for_the_gpu(name):
+    holder = nn.ParameterList(nn.Parameter(p.detach().cuda()) for p in sum(random_params(), []))
+    groups = parameter_groups([holder], 1e-4)
+    optimiser = build_optimiser(name, groups, lr=0.1, momentum=0.9, trust=0.02)
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    before = [p.detach().clone() for p in holder]
+    for value in (torch.inf, 1.0):
+        scaler.scale(torch.zeros((), device="cuda"))
+        for p in holder:
+            p.grad = torch.full_like(p, value)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scaler.step(optimiser)
+            scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for p, old in zip(holder, before, strict=True):
+            assert torch.equal(p, old) == (value == torch.inf)
+
+
 @pytest.mark.gpu
 def test_lars_never_waits_for_the_gpu():
     here = sum(random_params(), [])

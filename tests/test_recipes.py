@@ -53,7 +53,7 @@ def own(path: Path) -> set[str]:
 def views(settings: Settings) -> list[tuple[float, ...]]:
     """Of each large view: jitter's chance and strengths, gray, blur, solarise, flip."""
     beton: Any = SimpleNamespace(manifest=SimpleNamespace(mean=[0.5] * 3, std=[0.5] * 3))
-    large, *_ = build_views(settings, beton, build_crops(settings))
+    large, *_ = build_views(settings, beton, build_crops(settings, 0))
     return [
         (v.jitter, v.brightness, v.contrast, v.saturation, v.hue,
          v.gray, v.blur, v.solarise, v.flip) for v in large.views
@@ -233,6 +233,21 @@ def test_the_noise_control_leaves_out_the_penalty_alone() -> None:
     assert changed == {"superfluous.lambda_a": (0.0,), "superfluous.lambda_b": (0.0,)}
 
 
+FAST = {
+    "cifar10": {"views.size_start": 24},
+    "in100": {"views.size_start": 128, "data.train": "data/in100_square/train.beton",
+              "data.val": "data/in100_square/val.beton"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", FAST)
+def test_a_fast_recipe_is_its_base_but_for_what_its_head_says(data: str) -> None:
+    fast, base = read(f"{data}_fast").flat(), read(data).flat()
+    changed = {key: fast[key] for key in fast if fast[key] != base[key]}
+    named = {"run.name": f"{data}_fast", "data.engine": "resident", "optim.batch_size": 1024}
+    assert changed == named | FAST[data]
+
+
 def test_directclr_compares_the_papers_share_of_the_features() -> None:
     settings = read("cifar10_directclr")
     assert settings.projector.kind == "direct"
@@ -360,6 +375,8 @@ def small(path: Path) -> dict[str, object]:
     }  # fmt: skip
     if settings.projector.latents is not None:
         sizes |= {"projector.latents": 64, "projector.k": 8}
+    if settings.views.size_start is not None:
+        sizes["views.size_start"] = 12
     if settings.objective.queue:
         sizes["objective.queue"] = 32
     return sizes

@@ -8,16 +8,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from betons import digit_like, write
+from betons import digit_like, photographs, write
 from ranks import on_ranks
 from torch import nn
+from torch._dynamo.utils import counters
 
 import fastproj.trainer
 from data_prep.encode import Store
 from fastproj import checkpoint, dist, journal
-from fastproj.build import build_learner
+from fastproj.build import build_crops, build_learner, crop_size
 from fastproj.errors import InputError, SettingError
 from fastproj.learner import Learner
+from fastproj.loaders import Batch
+from fastproj.loaders.boxes import draw
 from fastproj.manifest import Beton
 from fastproj.objective import OBJECTIVES
 from fastproj.settings import RUN, Settings, load
@@ -61,7 +64,7 @@ def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor
             fastproj.trainer, "build_learner", lambda *given: build_learner(*given).double()
         ),
         mock.patch.object(
-            Learner, "compile", lambda self: nn.Module.compile(self, backend="aot_eager")
+            Learner, "compile", lambda self, **_: nn.Module.compile(self, backend="aot_eager")
         ),
         mock.patch.object(Views, "compile", lambda self: None),
     ):
@@ -70,7 +73,7 @@ def six_steps(beton: Path, changes: dict[str, object]) -> dict[str, torch.Tensor
         views.dtype = torch.float64
     losses = []
     while len(losses) < STEPS:
-        trainer.learner.objective.begin_epoch(trainer.loader.cursor[0])
+        trainer.begin_epoch(trainer.loader.cursor[0])
         for batch in trainer.loader:
             losses.append(dist.mean(trainer.train_step(batch)["loss"]))
             if len(losses) == STEPS:
@@ -85,6 +88,7 @@ VARIANTS = {
     "swav with small crops": {
         "objective__name": "swav", "views__local_crops": 2, "views__local_size": 8,
     },
+    "crops that grow": {"views__size_start": 8, "views__size": 16},
     "discretised sparse": {"projector__latents": 64, "projector__levels": 30},
     "sparsehead": {"sparsehead__weight": 0.1},
     "sparsehead, proximal": {"sparsehead__weight": 0.1, "sparsehead__proximal": "true"},
@@ -97,8 +101,17 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def read_in_an_epoch(beton: Path) -> dict[str, torch.Tensor]:
+    """The samples that this rank's trainer reads in its second epoch."""
+    rank = dist.Rank(dist.rank(), dist.world(), dist.rank())
+    trainer = Trainer(settings(beton), rank, torch.device("cpu"))
+    trainer.loader.seek(1, 0)
+    return {"index": torch.cat([batch.index for batch in trainer.loader])}
+
+
 def every_variant(beton: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+    seen = {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+    return seen | {"read": read_in_an_epoch(beton)}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +131,13 @@ def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
             torch.testing.assert_close(
                 seen[name][key], value, **close, msg=lambda m, key=key: f"{key}: {m}"
             )
+
+
+def test_each_sample_is_read_once_by_one_of_two_ranks(beton: Beton, two_ranks: list) -> None:
+    shares = [seen["read"]["index"].tolist() for seen in two_ranks]
+    assert [len(share) for share in shares] == [40, 40]  # 5 steps of 8 on each; 3 of 83 left over
+    alone = read_in_an_epoch(beton.path)["index"].tolist()
+    assert len(set(alone)) == 80 and sorted(sum(shares, [])) == sorted(alone)
 
 
 @pytest.mark.parametrize("name", ["byol", "mocov2plus", "swav"])
@@ -241,7 +261,128 @@ def test_noise_without_divergences_is_the_control(beton: Beton) -> None:
     torch.testing.assert_close(plain[0], noisy[0], rtol=0.2, atol=0)
 
 
+GROWING = {  # stem, first and last size, epochs: the size of each epoch
+    ("cifar", 16, 32, 8): [16, 16, 20, 20, 28, 28, 32, 32],
+    ("cifar", 24, 32, 5): [24, 28, 28, 32, 32],
+    ("imagenet", 128, 224, 4): [128, 160, 192, 224],
+    ("imagenet", 150, 170, 4): [150, 160, 160, 170],
+    ("imagenet", 200, 220, 4): [200, 200, 220, 220],  # 192 and 224 are no sizes between
+    ("cifar", 16, 32, 1): [32],
+    ("cifar", 16, 32, 2): [20, 32],
+    ("cifar", 16, 32, 3): [20, 28, 32],
+    ("cifar", 32, 32, 2): [32, 32],
+    ("cifar", "null", 32, 2): [32, 32],
+}
+
+
+@pytest.mark.parametrize(("stem", "first", "last", "epochs"), GROWING)
+def test_crops_grow_in_four_parts_of_the_run(
+    stem: str, first: int, last: int, epochs: int
+) -> None:
+    given = settings(
+        "x", model__stem=stem, views__size_start=first, views__size=last, optim__epochs=epochs
+    )
+    sizes = [crop_size(given, epoch) for epoch in range(epochs)]
+    assert sizes == GROWING[stem, first, last, epochs]
+
+
+@pytest.mark.parametrize("engine", ["resident", "stream", "reference", "dali"])
+def test_an_epochs_crops_have_its_size_and_lie_where_they_lay(
+    beton: Beton, engine: str, tmp_path: Path
+) -> None:
+    if engine == "dali":
+        pytest.importorskip("nvidia.dali")
+    if engine != "resident":  # photographs: no engine crops those in the way of small images
+        source = photographs(np.random.default_rng(0), tmp_path / "files", 24)
+        beton = write(source, tmp_path / "beton", Store("jpeg", quality=90))
+    changes = {"views__size_start": 8, "views__size": 16, "optim__epochs": 4, "data__workers": 1}
+    given = settings(beton.path, **changes, data__engine=engine)
+    trainer = Trainer(given, dist.Rank(0, 1, 0), torch.device("cpu"))
+    sides = []
+    with trainer.loader:
+        for epoch in range(4):
+            trainer.begin_epoch(epoch)
+            sides.append({batch.crops[0].shape[2:] for batch in trainer.loader})
+    assert sides == [{(side, side)} for side in (8, 12, 12, 16)]
+    where = np.arange(len(beton))
+    small, large = (draw(build_crops(given, epoch), beton, where, 0, 1) for epoch in (0, 3))
+    assert np.array_equal(small, large)
+
+
+def test_a_run_of_growing_crops_goes_on_where_it_was_broken(beton: Beton, tmp_path: Path) -> None:
+    changes = {"views__size_start": 8, "views__size": 16, "optim__epochs": 4}
+    whole = train(settings(beton.path, tmp_path / "a", **changes))
+    for stop, resume in ((8, "false"), (7, "true"), ("null", "true")):  # inside epochs 1, 3
+        more = {"train__stop_after": stop, "run__resume": resume}
+        broken = train(settings(beton.path, tmp_path / "b", **changes, **more))
+    ours, theirs = (checkpoint.load(checkpoint.latest(r / "checkpoints")) for r in (whole, broken))
+    for key, value in ours["encoder"].items():
+        assert torch.equal(value, theirs["encoder"][key]), key
+    steps = [
+        [e["loss"] for e in journal.read(r / "metrics.jsonl") if e["event"] == "step"]
+        for r in (whole, broken)
+    ]
+    assert len(steps[0]) == 20 and steps[0] == steps[1]
+
+
+def on_gpu(beton: Path, **changes: object) -> tuple[Trainer, list[Batch]]:
+    """A trainer of a run on the GPU, and the batches of its first epoch."""
+    given = settings(beton, run__device="cuda", data__engine="resident", **changes)
+    trainer = Trainer(given, dist.Rank(0, 1, 0), torch.device("cuda", 0))
+    trainer.begin_epoch(0)
+    return trainer, list(trainer.loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("wish", ["true", "graphs"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_compiled_and_graphed_steps_on_a_gpu_equal_eager_ones(
+    beton: Beton, name: str, wish: str
+) -> None:
+    """Ten steps: a graph is warmed up, recorded, and then replayed over its own memory."""
+    changes = {"objective__name": name, "train__precision": "float32"}
+    losses = {}
+    counters.clear()
+    for compile_ in ("false", wish):
+        trainer, batches = on_gpu(beton.path, train__compile=compile_, **changes)
+        told = [trainer.train_step(batch) for batch in batches * 2]
+        losses[compile_] = torch.stack([t["loss"] for t in told]).tolist()
+        assert all(math.isfinite(x) for x in trainer.diagnostics.report().values())
+    assert losses[wish] == pytest.approx(losses["false"], rel=1e-2)
+    assert counters["inductor"]["cudagraph_skips"] == 0  # or a graph would be none
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_on_a_gpu_waits_for_nothing(beton: Beton, name: str, precision: str) -> None:
+    """Data, views, forward, backward, update: once warm, none makes the host wait."""
+    changes = {
+        "objective__name": name, "train__precision": precision, "train__compile": "false",
+        "superfluous__noise": "learned", "superfluous__lambda_a": 0.1,
+        "matrix_information__weight": "0,0.1", "sparsehead__weight": 0.1,
+        "sparsehead__proximal": "true", "projector__dropout": 0.2, "projector__levels": 4,
+        "views__flip": 0.5, "views__jitter": 0.8, "views__gray": 0.2, "optim__optimiser": "lars",
+    }  # fmt: skip
+    trainer, batches = on_gpu(beton.path, **changes)
+    for batch in batches:
+        trainer.train_step(batch)
+    trainer.begin_epoch(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in trainer.loader:
+            trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 BAD = {
+    "graphs without a GPU": (
+        {"train__compile": "graphs"}, InputError, r"for one GPU, not 1 rank\(s\) on cpu"),
+    "crops that shrink": (
+        {"views__size_start": 16}, InputError, "views.size_start 16 is above views.size 8"),
     "divergences without noise": (
         {"superfluous__lambda_b": 0.1}, SettingError, "give --superfluous.noise fixed or learned"),
     "small crops for two views": (

@@ -54,6 +54,11 @@ Section(
 ).params(
     preset=Param(Choice("simclr", "barlow", "byol"), "published augmentation", "simclr"),
     size=Param(Int(8), "side of a crop, pixels", 32),
+    size_start=Param(
+        OrNull(Int(8)),
+        "side in the first quarter of the run, growing to views.size in the last; it changes the"
+        " recipe; null: views.size throughout",
+    ),
     scale_min=Param(Float(above=0, high=1), "smallest crop, share of the image's area", 0.08),
     scale_max=Param(Float(above=0, high=1), "largest crop, share of the image's area", 1.0),
     flip=Param(_chances, "probability of a horizontal flip"),
@@ -143,7 +148,11 @@ Section("train", "precision, logging and checkpoints", RUN).params(
     precision=Param(
         Choice("auto", "float32", "bfloat16", "float16"), "auto: float32 on a CPU", "auto"
     ),
-    compile=Param(Choice("auto", "true", "false"), "torch.compile; auto: where it pays", "auto"),
+    compile=Param(
+        Choice("auto", "true", "false", "graphs"),
+        "torch.compile; auto: on a GPU; graphs: CUDA graphs as well, for one GPU (not measured)",
+        "auto",
+    ),
     log_every=Param(_count, "steps between logged steps", 10),
     checkpoint_every=Param(_count, "epochs between checkpoints", 1),
     keep=Param(_count, "newest checkpoints kept", 2),
