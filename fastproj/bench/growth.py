@@ -1,0 +1,111 @@
+"""How cost grows: rates and peak memory over workers, batch, size and latents; memory over epochs.
+
+Every point is a process of its own, so that its peak of memory is its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastproj.bench import Engine, Plan, Row, heads, rates, timed
+from fastproj.bench.alone import alone, memory
+from fastproj.bench.chain import SIMCLR
+from fastproj.bench.images import several_times
+from fastproj.bench.peers import MEAN, STD
+from fastproj.loaders import Crop, open_loader
+from fastproj.manifest import Beton, open_beton
+from fastproj.views import Views
+
+WORKERS = (1, 2, 4)
+BATCHES = (64, 256, 1024, 4096)
+PIXELS = (64, 112, 160, 224, 288)
+LATENTS = (1_000, 10_000, 100_000)
+EPOCHS = 3
+
+
+def run(
+    plan: Plan,
+    images: int = 2000,
+    workers: Sequence[int] = WORKERS,
+    batches: Sequence[int] = BATCHES,
+    pixels: Sequence[int] = PIXELS,
+    latents: Sequence[int] = LATENTS,
+    photo: int = 224,
+    small: int = 32,
+) -> list[Row]:
+    """A row a point, whose ``engine`` is the number on the axis that ``case`` begins with.
+
+    ``peak_bytes``: beyond what the process held before its loader; mapped files count. Over epochs
+    it is what the process holds after each, without mapped files.
+    """
+    rows = []
+    if plan.photos is not None:
+        given = {"engine": "stream", "images": images, "batch": 64, "augment": False}
+        store = f"{plan.photos.manifest.store} store, stream"
+        for count in workers:
+            told = _read(plan, plan.photos, **given, size=photo, workers=count)
+            rows.append(_point(f"workers: two crops of {photo} px, {store}", count, told))
+        for size in pixels:
+            told = _read(plan, plan.photos, **given, size=size)
+            rows.append(_point(f"pixels: two crops, {store}", size, told))
+        told = _read(plan, plan.photos, **given | {"augment": True}, size=photo, repeats=EPOCHS - 1)
+        case = f"epochs: two eager SimCLR views of {photo} px, {store}"
+        for epoch, (seconds, held) in enumerate(zip(told["seconds"], told["held"], strict=True)):
+            once = told | {"seconds": [0.0, seconds], "peak_bytes": held}
+            rows.append(_point(case, epoch + 1, once))
+    if plan.small is not None:
+        for batch in batches:
+            told = _read(plan, plan.small, engine="auto", images=max(images, batch), batch=batch,
+                         augment=True, size=small)  # fmt: skip
+            case = f"batch: two eager SimCLR views of {small} px, engine auto"
+            rows.append(_point(case, batch, told))
+    for count in latents:
+        told = alone(heads.measured, name="sparse head", rows=512, device=plan.device.type,
+                     sizes=[512, count, 512, max(1, count // 100)],
+                     repeats=plan.repeats)  # fmt: skip
+        case = "latents: a step of the sparse head, 512 rows, 512 -> latents -> 512, k 1 %"
+        rows.append(_point(case, count, told, "rows"))
+    return rows
+
+
+def _point(case: str, place: int, told: dict[str, Any], unit: str = "images") -> Row:
+    """A row of what a process told: all its calls but the first, which warmed it up."""
+    engine = Engine(str(place), "ours", told["work"], lambda: lambda: None)
+    row = rates("growth", case, engine, unit, told["seconds"][1:])
+    return replace(row, peak_bytes=told["peak_bytes"])
+
+
+def _read(plan: Plan, beton: Beton, **given: Any) -> dict[str, Any]:
+    given = {"workers": plan.workers, "repeats": plan.repeats, **given}
+    return alone(read, path=str(beton.path), device=plan.device.type, **given)
+
+
+def read(
+    path: str, engine: str, images: int, batch: int, augment: bool, size: int, workers: int,
+    device: str, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Epochs of two crops an image, augmented or not, in this process: one and then ``repeats``.
+
+    ``seconds`` of each epoch, ``held`` bytes after each, ``work``: images an epoch.
+    """
+    beton = several_times(open_beton(path), images)
+    before = memory("VmRSS")
+    loader = open_loader(
+        beton, [Crop(size, 2)], batch, device=device, engine=engine, workers=workers
+    )
+    views = Views(SIMCLR, MEAN, STD).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def epoch() -> None:
+        for drawn in loader:
+            if augment:
+                views(drawn.crops[0], views.sample(batch, generator))
+
+    seconds, held = [], []
+    for _ in range(1 + repeats):
+        seconds.append(timed(epoch))
+        held.append(memory("RssAnon"))
+    return {"seconds": seconds, "held": held, "peak_bytes": memory("VmHWM") - before,
+            "work": len(loader) * batch}  # fmt: skip
