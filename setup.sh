@@ -31,12 +31,13 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/de
 # The Debian packages whose work nothing on this machine does yet.
 missing_packages() {
     local python=$1
-    # The compiler serves FFCV's build now and torch.compile later.
+    # The compiler serves FFCV's build and our own now, and torch.compile later.
     command -v g++ >/dev/null || echo g++
     command -v pkg-config >/dev/null || echo pkg-config
     [ -e /usr/include/opencv4/opencv2/core.hpp ] || echo libopencv-core-dev
     [ -e /usr/include/opencv4/opencv2/imgproc.hpp ] || echo libopencv-imgproc-dev
     [ -e /usr/include/turbojpeg.h ] || echo libturbojpeg0-dev
+    [ -e /usr/include/jpeglib.h ] || echo libjpeg-dev
     if [ -z "$python" ]; then
         echo python3-venv python3-dev
     elif ! complete "$python"; then
@@ -60,7 +61,8 @@ install_packages() {
 # Tells one tested state of .venv from another: our own files, Python, and what pip has installed.
 state() {
     {
-        cat pyproject.toml constraints.txt setup.sh
+        cat pyproject.toml constraints.txt setup.sh fastproj/loaders/native.c
+        ls fastproj/loaders/_native.so
         .venv/bin/python -c 'import sys; print(sys.version, sys.prefix)'
         ls -d .venv/lib/python3*/site-packages/*.dist-info
     } 2>/dev/null | sha256sum | cut -d' ' -f1
@@ -123,6 +125,8 @@ requirements $extras >.venv/requirements.txt
 .venv/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts \
     --constraint constraints.txt --requirement .venv/requirements.txt
 install_ffcv
+# For any processor of this kind: the faster instructions are chosen when it runs.
+g++ -x c -O3 -shared -fPIC fastproj/loaders/native.c -o fastproj/loaders/_native.so -ljpeg -lm
 # What an editable install would do, without a build: Python finds fastproj in this checkout.
 pwd >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastproj.pth"
 echo "$(state) $extras" >.venv/set-up

@@ -8,6 +8,7 @@ only makes it faster (a GPU, DALI, a compiler) is shown, and is no failure.
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fastproj.errors import InputError, run_command
@@ -44,7 +46,6 @@ PACKAGES = {
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
     "setuptools": "setuptools",
-    "simplejpeg": "simplejpeg",
     "terminaltables": "terminaltables",
     "torchvision": "torchvision",
     "tqdm": "tqdm",
@@ -88,21 +89,42 @@ def _try_ffcv() -> str:
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     cropped, decoded = np.zeros((4, 4, 3), np.uint8), np.zeros_like(image)
     library.resize_crop(image, 2, 10, 2, 10, cropped)
-    stored = np.frombuffer(_load("simplejpeg").encode_jpeg(image, quality=95), np.uint8)
-    library.imdecode(stored, decoded, 16, 16, 16, 16)
+    library.imdecode(_jpeg(image), decoded, 16, 16, 16, 16)
     if (cropped != image[:4, :4]).any() or abs(decoded.astype(int) - image).max() > 4:
         raise Missing("its library crops or decodes wrongly", SET_UP_AFRESH)
     return f"{importlib.metadata.version('ffcv')}, its library loads, crops and decodes"
 
 
-def turbojpeg() -> str:
-    """Decode a JPEG of one colour."""
-    np, simplejpeg = _load("numpy"), _load("simplejpeg")
+def native() -> str:
+    """Decode a JPEG of one colour and crop it."""
+    np, torch, loaders = _load("numpy"), _load("torch"), _load("fastproj.loaders.native")
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    decoded = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(image, quality=95))
-    if abs(decoded.astype(int) - image).max() > 4:
-        raise Missing("it decodes wrong colours", SET_UP_AFRESH)
-    return f"decodes (simplejpeg {importlib.metadata.version('simplejpeg')})"
+    stored = _jpeg(image)
+    beton = SimpleNamespace(
+        data=stored,
+        mode=np.zeros(1, np.uint8),
+        **dict.fromkeys(("width", "height"), np.array([16])),
+        pointer=np.array([0]),
+        length=np.array([len(stored)]),
+    )
+    crops = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
+    try:
+        fill = loaders.Fill(
+            beton, np.array([0]), [np.array([[[4, 4, 8, 8]]])], [crops.permute(0, 1, 4, 2, 3)]
+        )
+    except InputError as error:
+        raise Missing(str(error), SET_UP_AFRESH) from error
+    fill.run()
+    if abs(crops.numpy().astype(int) - image[:8, :8]).max() > 4:
+        raise Missing("it decodes or crops wrongly", SET_UP_AFRESH)
+    return "decodes and crops"
+
+
+def _jpeg(image: Any) -> Any:
+    """The image (h, w, 3) as the bytes of a JPEG, uint8."""
+    file = io.BytesIO()
+    _load("PIL.Image").fromarray(image).save(file, "JPEG", quality=95)
+    return _load("numpy").frombuffer(file.getvalue(), "uint8")
 
 
 def cores() -> str:
@@ -179,7 +201,7 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
     ("torch", torch, True),
     ("packages", packages, True),
     ("FFCV", ffcv, True),
-    ("turbojpeg", turbojpeg, True),
+    ("native", native, True),
     ("cores", cores, True),
     ("memory", memory, True),
     ("disk", disk, True),

@@ -19,10 +19,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from data_prep.encode import Store
 from fastproj.errors import InputError
-from fastproj.loaders import Batch, Center, Crop, open_loader
+from fastproj.loaders import Batch, Center, Crop, _choose, open_loader, resident
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.order import Order
+from fastproj.loaders.resident import ResidentLoader
 from fastproj.loaders.stream import StreamLoader
 from fastproj.machine import cores
 from fastproj.manifest import Beton
@@ -300,15 +301,35 @@ def test_workers_are_clamped_to_the_cores_allowed(small: Beton) -> None:
     assert isinstance(loader, StreamLoader) and loader.workers == cores()
 
 
-def test_auto_takes_resident_where_it_fits(small: Beton, photos: dict[str, Beton]) -> None:
-    def reason(beton: Beton, **options) -> str:
-        return open_loader(beton, GROUPS, 8, **options).reason
+def test_auto_takes_resident_where_it_fits_a_gpu(
+    small: Beton, photos: dict[str, Beton], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (180_000, 200_000))
+    gpu = torch.device("cuda")  # the choice alone, so it needs none
+    assert _choose(small, gpu, 0.5) == ("resident", "resident: 0.00 GB of 0 GB free")
+    engine, reason = _choose(small, gpu, 0.4)
+    assert engine == "stream" and reason.endswith("is more than the share of 40%")
+    assert _choose(photos["jpeg"], gpu, 0.5)[1] == "stream: JPEGs or images of several sizes"
 
-    assert reason(small).startswith("resident: 0.00 GB of")
-    assert reason(small, memory_share=0.0).startswith("stream: 0.00 GB of")
-    assert reason(photos["jpeg"]) == "stream: JPEGs or images of several sizes"
-    assert reason(photos["square"]).startswith("stream: on a CPU images of 64 px")
-    assert reason(small, engine="stream") == "stream: as asked"
+
+def test_resident_reads_the_set_in_pieces(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_loader(small, GROUPS, 8, engine="resident")
+    monkeypatch.setattr(resident, "CHUNK", 16)  # 75 images: four pieces and a rest
+    pieces = open_loader(small, GROUPS, 8, engine="resident", workers=2)
+    assert isinstance(whole, ResidentLoader) and isinstance(pieces, ResidentLoader)
+    assert torch.equal(whole.images, pieces.images)
+    stored = np.array(small.stored(70)).reshape(20, 20, 3)
+    assert np.array_equal(pieces.images[70].permute(1, 2, 0), stored)
+
+
+def test_each_loader_says_why_it_was_chosen(small: Beton) -> None:
+    def reason(**options) -> str:
+        return open_loader(small, GROUPS, 800, drop_last=False, **options).reason
+
+    # Three batches of 800 images, each with two crops of 32 px and three of 16.
+    assert reason() == "stream: the device is a CPU; at most 20 MB under way"
+    assert reason(engine="stream") == "stream: as asked; at most 20 MB under way"
+    assert reason(engine="resident") == "resident: as asked"
 
 
 def test_what_cannot_be_opened_says_so(small: Beton, photos: dict[str, Beton]) -> None:

@@ -17,8 +17,8 @@ from fastproj.loaders.dali import DaliLoader
 from fastproj.loaders.order import Order
 from fastproj.loaders.reference import ReferenceLoader
 from fastproj.loaders.resident import ResidentLoader, is_uniform
-from fastproj.loaders.stream import SMALL, StreamLoader
-from fastproj.machine import memory
+from fastproj.loaders.stream import StreamLoader
+from fastproj.machine import cores
 from fastproj.manifest import Beton
 
 __all__ = ["ENGINES", "Batch", "Center", "Crop", "Loader", "open_loader"]
@@ -44,18 +44,20 @@ def open_loader(
     """Open a loader of ``batch_size`` images a step on this rank, every crop group of each.
 
     ``engine`` auto takes resident where the set is raw, of one size and fits ``memory_share`` of
-    the device's free memory (on a CPU only where images are so small that batched crops win), else
-    stream; never dali. ``workers`` 0 is one for each core this process may use. Raises InputError
-    when a batch is larger than the set, the engine cannot read this beton, or DALI is missing.
+    the GPU's free memory, else stream (on a CPU always: there the set is resident in the page
+    cache); never dali. ``workers`` 0 is one for each core this process may use, and there are never
+    more. Raises InputError when a batch is larger than the set, the engine cannot read this beton,
+    or what it needs is missing.
     """
     device = torch.device(device)
     order = Order(len(beton), batch_size, seed, shuffle, drop_last, rank, world)
+    workers = min(workers or cores(), cores())
     reason = f"{engine}: as asked"
     if engine == "auto":
         engine, reason = _choose(beton, device, memory_share)
     loader: Loader
     if engine == "resident":
-        loader = ResidentLoader(beton, groups, order, device)
+        loader = ResidentLoader(beton, groups, order, device, workers)
     elif engine == "stream":
         loader = StreamLoader(beton, groups, order, device, workers)
     elif engine == "dali":
@@ -64,18 +66,19 @@ def open_loader(
         loader = ReferenceLoader(beton, groups, order, device, workers)
     else:
         raise InputError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
+    if isinstance(loader, StreamLoader):
+        reason += f"; at most {loader.memory / 1e6:,.0f} MB under way"
     loader.reason = reason
     return loader
 
 
 def _choose(beton: Beton, device: torch.device, memory_share: float) -> tuple[str, str]:
     """The engine for this set on this device, and why in one line."""
+    if device.type == "cpu":
+        return "stream", "stream: the device is a CPU"
     if not is_uniform(beton):
         return "stream", "stream: JPEGs or images of several sizes"
-    side = int(max(beton.width[0], beton.height[0]))
-    if device.type == "cpu" and side >= SMALL:
-        return "stream", f"stream: on a CPU images of {side} px are faster cropped one by one"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()[1]
+    free = torch.cuda.mem_get_info(device)[0]
     size = len(beton) * 3 * int(beton.width[0]) * int(beton.height[0])
     fits = f"{size / 1e9:.2f} GB of {free / 1e9:.0f} GB free"
     if size > memory_share * free:

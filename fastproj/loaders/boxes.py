@@ -13,8 +13,8 @@ import numpy as np
 
 from fastproj.manifest import Beton
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
 TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
-DRAWS = 4 * TRIES  # area, aspect, top and left of each try
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def draw(
             box = np.broadcast_to(_centre(group, width, height), (group.views, len(index), 4))
         else:
             views = np.arange(view, view + group.views)[:, None]
-            uniform = _uniform(seed, epoch, index[None], views)
-            box = _random_resized(group, width, height, uniform)
+            key = _address(seed, epoch, index[None], views)
+            box = _random_resized(group, *np.broadcast_arrays(width, height, key))
         boxes.append(
             _to_stored(box, width, height, beton.width[positions], beton.height[positions])
         )
@@ -75,22 +75,45 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _uniform(seed: int, epoch: int, index: np.ndarray, view: np.ndarray) -> np.ndarray:
-    """Uniform [0, 1) numbers, float64 (views, B, DRAWS), each a hash of its own address."""
-    golden = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
+def _address(seed: int, epoch: int, index: np.ndarray, view: np.ndarray) -> np.ndarray:
+    """A hash of where a view's random numbers are: uint64 (views, B)."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, index, view):
-        key = _mix((key ^ np.asarray(part).astype(np.uint64)) + golden)
-    counter = np.arange(1, DRAWS + 1, dtype=np.uint64)
-    return (_mix(key[..., None] + golden * counter) >> np.uint64(11)) * 2.0**-53
+        key = _mix((key ^ np.asarray(part).astype(np.uint64)) + GOLDEN)
+    return key
+
+
+def _uniform(key: np.ndarray, tries: int) -> np.ndarray:
+    """Uniform [0, 1) numbers of the first tries, float64 (4, ..., tries), hashes of key and place.
+
+    The first axis is area, aspect, top and left.
+    """
+    counter = np.arange(1, 4 * TRIES + 1, dtype=np.uint64).reshape(4, TRIES)[:, :tries]
+    counter = counter.reshape(4, *[1] * key.ndim, tries)
+    return (_mix(key[..., None] + GOLDEN * counter) >> np.uint64(11)) * 2.0**-53
 
 
 def _random_resized(
-    crop: Crop, width: np.ndarray, height: np.ndarray, uniform: np.ndarray
+    crop: Crop, width: np.ndarray, height: np.ndarray, key: np.ndarray
 ) -> np.ndarray:
-    """torchvision's ``RandomResizedCrop.get_params`` for all samples and all tries at once."""
-    area, aspect, top, left = np.split(uniform, 4, axis=-1)
-    wide, high = width[:, None], height[:, None]
+    """torchvision's ``RandomResizedCrop.get_params``, all arguments of one shape, to (..., 4).
+
+    Nearly always the first try fits; only where it does not are the others looked at.
+    """
+    box, fits = _tried(crop, width, height, key, 1)
+    if not fits.all():
+        again = width[~fits], height[~fits], key[~fits]
+        box[~fits], fits_now = _tried(crop, *again, TRIES)
+        box[~fits] = np.where(fits_now[:, None], box[~fits], _fallback(crop, *again[:2]))
+    return box
+
+
+def _tried(
+    crop: Crop, width: np.ndarray, height: np.ndarray, key: np.ndarray, tries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The box (..., 4) of the first try that fits in the image, and whether there is one (...)."""
+    area, aspect, top, left = _uniform(key, tries)
+    wide, high = width[..., None], height[..., None]
     target = (crop.scale[0] + area * (crop.scale[1] - crop.scale[0])) * (wide * high)
     low, up = np.log(crop.ratio)
     ratio = np.exp(low + aspect * (up - low))
@@ -102,7 +125,7 @@ def _random_resized(
 
     first = fits.argmax(-1)[..., None]
     box = np.stack([np.take_along_axis(a, first, -1)[..., 0] for a in (i, j, h, w)], -1)
-    return np.where(fits.any(-1)[..., None], box, _fallback(crop, width, height))
+    return box, fits.any(-1)
 
 
 def _fallback(crop: Crop, width: np.ndarray, height: np.ndarray) -> np.ndarray:

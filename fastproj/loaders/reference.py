@@ -17,14 +17,13 @@ from torchvision.transforms.v2 import functional as tv
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
 from fastproj.loaders.order import Order
-from fastproj.machine import cores
 from fastproj.manifest import RAW, Beton
 
 Sample = tuple[list[Tensor], int, int]
 
 
 class ReferenceLoader(Loader):
-    """``workers`` processes (0: one for each core)."""
+    """``workers`` processes."""
 
     def __init__(
         self,
@@ -32,10 +31,10 @@ class ReferenceLoader(Loader):
         groups: Sequence[Crop | Center],
         order: Order,
         device: torch.device,
-        workers: int = 0,
+        workers: int,
     ) -> None:
         super().__init__(beton, groups, order, device)
-        self.workers = min(workers or cores(), cores())
+        self.workers = workers
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         keys = []

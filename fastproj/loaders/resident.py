@@ -5,14 +5,17 @@ photographs (ImageNet-100 at 160 px: 9.7 GB).
 """
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from fastproj.errors import InputError
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.boxes import Center, Crop
 from fastproj.loaders.crop import crop_batch
+from fastproj.loaders.native import Fill
 from fastproj.loaders.order import Order
 from fastproj.manifest import RAW, Beton
 
@@ -29,10 +32,15 @@ def is_uniform(beton: Beton) -> bool:
 
 
 class ResidentLoader(Loader):
-    """Raises InputError where the beton holds JPEGs or images of several sizes."""
+    """``workers`` threads read the set. Raises InputError for JPEGs or images of several sizes."""
 
     def __init__(
-        self, beton: Beton, groups: Sequence[Crop | Center], order: Order, device: torch.device
+        self,
+        beton: Beton,
+        groups: Sequence[Crop | Center],
+        order: Order,
+        device: torch.device,
+        workers: int,
     ) -> None:
         super().__init__(beton, groups, order, device)
         if not is_uniform(beton):
@@ -40,13 +48,33 @@ class ResidentLoader(Loader):
                 f"{beton.path} holds JPEGs or images of several sizes, which cannot be resident: "
                 "use --data.engine stream, or write it with --data.store square"
             )
-        height, width = int(beton.height[0]), int(beton.width[0])
-        self.images = torch.empty((len(beton), 3, height, width), dtype=torch.uint8, device=device)
-        for start in range(0, len(beton), CHUNK):
-            chunk = raw_images(beton, np.arange(start, min(start + CHUNK, len(beton))))
-            self.images[start : start + len(chunk)] = torch.from_numpy(chunk).movedim(-1, 1)
+        self._load(workers)
         self.labels = torch.from_numpy(beton.label).to(device)
         self.index = torch.from_numpy(beton.index).to(device)
+
+    def _load(self, workers: int) -> None:
+        """The whole set to the device, planar; a bar on a terminal."""
+        height, width = int(self.beton.height[0]), int(self.beton.width[0])
+        samples, gpu = len(self.beton), self.device.type == "cuda"
+        self.images = torch.empty(
+            (samples, 3, height, width), dtype=torch.uint8, device=self.device
+        )
+        hidden = None if self.order.rank == 0 else True  # None: where there is no terminal
+        with (
+            ThreadPoolExecutor(workers, "fastproj-resident") as pool,
+            tqdm(total=samples, unit="image", desc="resident", disable=hidden, leave=False) as bar,
+        ):
+            for start in range(0, samples, CHUNK):
+                positions = np.arange(start, min(start + CHUNK, samples))
+                shape = (len(positions), height, width, 3)
+                host = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
+                fill = Fill(self.beton, positions, [], padded=host)
+                for job in [pool.submit(fill.run) for _ in range(workers)]:
+                    job.result()
+                # Turned on the device; the next chunk is read while this one is copied.
+                images = host.to(self.device, non_blocking=True).movedim(-1, 1)
+                self.images[start : start + len(positions)] = images
+                bar.update(len(positions))
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         for step in steps:
@@ -58,17 +86,3 @@ class ResidentLoader(Loader):
                 for group, box in zip(self.groups, self._boxes(epoch, positions), strict=True)
             )
             yield Batch(crops, self.labels[where], self.index[where])
-
-
-def raw_images(beton: Beton, positions: np.ndarray) -> np.ndarray:
-    """Raw images of one size, gathered from the mapped file: uint8 (B, H, W, 3)."""
-    height, width = int(beton.height[positions[0]]), int(beton.width[positions[0]])
-    bytes_each = height * width * 3
-    pointers = beton.pointer[positions]
-    if (np.diff(pointers) == bytes_each).all():  # neighbours in the file: one slice
-        flat = beton.data[pointers[0] : pointers[0] + len(positions) * bytes_each]
-        return np.array(flat).reshape(-1, height, width, 3)
-    images = np.empty((len(positions), bytes_each), np.uint8)
-    for image, pointer in zip(images, pointers, strict=True):
-        image[:] = beton.data[pointer : pointer + bytes_each]
-    return images.reshape(-1, height, width, 3)
