@@ -15,6 +15,7 @@ from fastproj.bench.chain import SIMCLR
 from fastproj.bench.images import several_times
 from fastproj.bench.peers import MEAN, STD
 from fastproj.loaders import Crop, open_loader
+from fastproj.machine import keep_freed_memory
 from fastproj.manifest import Beton, open_beton
 from fastproj.views import Views
 
@@ -42,7 +43,12 @@ def run(
     """
     rows = []
     if plan.photos is not None:
-        given = {"engine": "stream", "images": images, "batch": 64, "augment": False}
+        given: dict[str, Any] = {
+            "engine": "stream",
+            "augment": False,
+            "images": images,
+            "batch": 64,
+        }
         store = f"{plan.photos.manifest.store} store, stream"
         for count in workers:
             told = _read(plan, plan.photos, **given, size=photo, workers=count)
@@ -50,17 +56,17 @@ def run(
         for size in pixels:
             told = _read(plan, plan.photos, **given, size=size)
             rows.append(_point(f"pixels: two crops, {store}", size, told))
-        told = _read(plan, plan.photos, **given | {"augment": True}, size=photo, repeats=EPOCHS - 1)
-        case = f"epochs: two eager SimCLR views of {photo} px, {store}"
-        for epoch, (seconds, held) in enumerate(zip(told["seconds"], told["held"], strict=True)):
-            once = told | {"seconds": [0.0, seconds], "peak_bytes": held}
-            rows.append(_point(case, epoch + 1, once))
+        case = f"epochs: two crops of {photo} px, {store}"
+        rows += _epochs(case, _read(plan, plan.photos, **given, size=photo, repeats=EPOCHS - 1))
     if plan.small is not None:
+        given = {"engine": "auto", "augment": True, "size": small}
+        views = f"two eager SimCLR views of {small} px, engine auto"
         for batch in batches:
-            told = _read(plan, plan.small, engine="auto", images=max(images, batch), batch=batch,
-                         augment=True, size=small)  # fmt: skip
-            case = f"batch: two eager SimCLR views of {small} px, engine auto"
-            rows.append(_point(case, batch, told))
+            told = _read(plan, plan.small, **given, images=max(images, batch), batch=batch)
+            rows.append(_point(f"batch: {views}", batch, told))
+        told = _read(plan, plan.small, **given, images=images, batch=min(batches[-1], 512),
+                     repeats=EPOCHS - 1)  # fmt: skip
+        rows += _epochs(f"epochs: {views}", told)
     for count in latents:
         told = alone(heads.measured, name="sparse head", rows=512, device=plan.device.type,
                      sizes=[512, count, 512, max(1, count // 100)],
@@ -77,6 +83,13 @@ def _point(case: str, place: int, told: dict[str, Any], unit: str = "images") ->
     return replace(row, peak_bytes=told["peak_bytes"])
 
 
+def _epochs(case: str, told: dict[str, Any]) -> list[Row]:
+    return [
+        _point(case, epoch, told | {"seconds": [0.0, seconds], "peak_bytes": held})
+        for epoch, (seconds, held) in enumerate(zip(told["seconds"], told["held"], strict=True), 1)
+    ]
+
+
 def _read(plan: Plan, beton: Beton, **given: Any) -> dict[str, Any]:
     given = {"workers": plan.workers, "repeats": plan.repeats, **given}
     return alone(read, path=str(beton.path), device=plan.device.type, **given)
@@ -90,6 +103,7 @@ def read(
 
     ``seconds`` of each epoch, ``held`` bytes after each, ``work``: images an epoch.
     """
+    keep_freed_memory()  # as fastproj.train does on a CPU
     beton = several_times(open_beton(path), images)
     before = memory("VmRSS")
     loader = open_loader(
