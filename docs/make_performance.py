@@ -80,8 +80,8 @@ where each is a beton, PHOTOS with JPEGs, SQUARES with a square store, SMALL raw
 """
 
 MISSING = """\
-Not measured: no GPU was at hand. Where there is one, `make bench` as in [performance.md](performance.md)
-with `--bench.out docs/bench-gpu.json`, then `python docs/make_performance.py`.
+Not measured: no {device} was at hand. Where there is one, `make bench` with the three betons and
+`--bench.out docs/bench-{kind}.json`, then `python docs/make_performance.py`.
 """
 
 
@@ -147,8 +147,9 @@ def rate(row: dict[str, Any]) -> str:
 
 def stage_cells(rows: Rows) -> list[list[str]]:
     """The cells of one case's table; columns that are empty throughout are left out."""
-    unit = rows[0]["unit"]
-    cells = [["engine", "role", f"{unit}/s", "slowest – fastest", "n", "share", "memory", "note"]]
+    unit, growth = rows[0]["unit"], rows[0]["stage"] == "growth"
+    first = rows[0]["case"].partition(":")[0] if growth else "engine"
+    cells = [[first, "role", f"{unit}/s", "slowest – fastest", "n", "share", "memory", "note"]]
     for row in rows:
         if row["missing"]:
             cells.append([row["engine"], row["role"], *[""] * 5, f"missing: {row['missing']}"])
@@ -156,7 +157,7 @@ def stage_cells(rows: Rows) -> list[list[str]]:
         cells.append(
             [
                 row["engine"],
-                row["role"],
+                "" if growth else row["role"],
                 number(row["rate"]),
                 f"{number(row['slowest'])} – {number(row['fastest'])}",
                 str(row["repeats"]),
@@ -188,8 +189,8 @@ def page(kind: str, results: dict[str, dict[str, Any]]) -> str:
     }[kind]
     sources = ", ".join(f"[{name}]({name})" for name in results) or f"`docs/bench-{kind}.json`"
     told = [f"{name}: {machine(result)}\n" for name, result in results.items()]
-    head = HEAD.format(device=device, other=other, page=there, sources=sources,
-                       what="\n".join([METHOD, *told]) if results else MISSING)  # fmt: skip
+    what = "\n".join([METHOD, *told]) if results else MISSING.format(device=device, kind=kind)
+    head = HEAD.format(device=device, other=other, page=there, sources=sources, what=what)
     if not results:
         return head
     rows = [row for result in results.values() for row in result["rows"]]

@@ -1,5 +1,6 @@
 """Speed of every stage beside its peers and its limit, measured in the same run, turn by turn."""
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class Plan(NamedTuple):
 def compare(
     stage: str, case: str, unit: str, engines: Sequence[Engine], warmup: int, repeats: int
 ) -> list[Row]:
-    """One row an engine, in the order given; the last limit is the one that shares are of.
+    """One row an engine, in the order given; shares are of the limit among them.
 
     After each engine's warm-up they take turns, so that what else the machine does hits all alike.
     """
@@ -84,8 +85,10 @@ def compare(
             calls[engine.name]()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, call in calls.items():
-            seconds[name].append(timed(call))
+        for name in calls:
+            seconds[name].append(timed(calls[name]))
+    calls.clear()
+    gc.collect()  # what engines leave behind is not to be collected in the next ones' time
     limit = next((e.work / median(seconds[e.name]) for e in engines if e.role == "limit"), None)
     return [
         Row(stage, case, engine.name, engine.role, unit, note=engine.note,

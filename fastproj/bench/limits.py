@@ -30,19 +30,19 @@ def decode(beton: Beton, workers: int) -> Engine:
 
 def copy(shape: Sequence[int], device: torch.device, batch: int, images: int) -> Engine:
     """uint8 batches of this shape copied on the device, as many as hold ``images``."""
+    times = -(-images // batch)
 
     def prepare() -> Callable[[], object]:
         source = torch.zeros(*shape, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
 
         def call() -> None:
-            for _ in range(images // batch):
+            for _ in range(times):
                 target.copy_(source)
 
         return call
 
-    work = images // batch * batch
-    return Engine("memory copy", "limit", work, prepare, "of as many crops")
+    return Engine("memory copy", "limit", times * batch, prepare, "of as many crops")
 
 
 def convert(crops: Tensor) -> Engine:
