@@ -29,7 +29,7 @@ TITLES = {
     "heads": "Heads: a training step of the sparse projector",
     "step": "Step: training, beside the same step on data that is ready",
     "probe": "Probe: a grid of linear probes",
-    "start": "Start: a loader built, to its first batch, in a fresh process",
+    "start": "Start: a loader built, to its first batch, in a fresh process (seconds: 1 / rate)",
     "growth": "Growth: workers, pixels, batch, latents, epochs",
 }
 
@@ -98,7 +98,7 @@ def machine(result: dict[str, Any]) -> str:
     git = told["git"] or {"commit": "no checkout", "dirty": False}
     changed = ", with changes" if git["dirty"] else ""
     sets = "; ".join(
-        f"{name}: {given[name]['images']:,} images of {given[name]['dataset']}, "
+        f"{name}: {given[name]['images']:,} of {given[name]['dataset']}, "
         f"{given[name]['store']} store"
         + (f" of quality {given[name]['quality']}" if given[name]["store"] == "jpeg" else "")
         + f", at most {given[name]['longest_side']} px"
@@ -130,7 +130,7 @@ def ratios(rows: Rows) -> list[list[str]]:
         same = [row for row in rows if row["stage"] == stage and case in row["case"]]
         one, two = best(same, ours, True), best(same, other, False)
         if one is None or two is None:
-            cells.append([what, ours, "", other, "", "not measured"])
+            cells.append([what, ours or "the fastest", "", other, "", "not measured"])
         else:
             cells.append(
                 [
@@ -142,6 +142,9 @@ def ratios(rows: Rows) -> list[list[str]]:
 
 
 def rate(row: dict[str, Any]) -> str:
+    """A rate with its unit; a start's as seconds."""
+    if row["stage"] == "start":
+        return f"{number(row['seconds'])} s"
     return f"{number(row['rate'])} {row['unit']}/s"
 
 

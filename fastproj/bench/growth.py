@@ -3,6 +3,7 @@
 Every point is a process of its own, so that its peak of memory is its own.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,7 @@ def run(
 
 def _point(case: str, place: int, told: dict[str, Any], unit: str = "images") -> Row:
     """A row of what a process told: all its calls but the first, which warmed it up."""
+    print(f"growth, {case}: {place}", file=sys.stderr)
     engine = Engine(str(place), "ours", told["work"], lambda: lambda: None)
     row = rates("growth", case, engine, unit, told["seconds"][1:])
     return replace(row, peak_bytes=told["peak_bytes"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -12,8 +13,10 @@ matplotlib.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 COLOURS = {"ours": "#2b6cb0", "peer": "#b0b0b0", "limit": "#e0a030"}
+TITLE = 48  # characters a line
 Rows = list[dict[str, Any]]
 
 
@@ -31,46 +34,53 @@ def draw(rows: Rows, path: str | Path) -> None:
     columns = 2
     lines = max(1, -(-len(panels) // columns))
     figure, axes = plt.subplots(
-        lines, columns, figsize=(10, 1.9 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=(10, 2.1 * lines), squeeze=False, layout="constrained"
     )
     for place, (stage, case) in zip(axes.flat, panels, strict=False):
-        (_grow if stage == "growth" else _bars)(place, stage, case, panels[stage, case])
+        (_grow if stage == "growth" else _compare)(place, stage, case, panels[stage, case])
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
 
 
-def _bars(axes: Axes, stage: str, case: str, rows: Rows) -> None:
-    """A bar an engine, its whisker from the slowest to the fastest call."""
-    rows = rows[::-1]
-    rates = [row["rate"] for row in rows]
-    spread = [[r["rate"] - r["slowest"] for r in rows], [r["fastest"] - r["rate"] for r in rows]]
-    bars = axes.barh(
-        [row["engine"] for row in rows], rates, xerr=spread,
-        color=[COLOURS[row["role"]] for row in rows], error_kw={"lw": 0.7},
-    )  # fmt: skip
-    axes.bar_label(bars, [f" {rate:,.3g}" if rate < 100 else f" {rate:,.0f}" for rate in rates])
-    axes.set_title(f"{stage}: {case}", loc="left")
-    axes.set_xlabel(f"{rows[0]['unit']}/s")
+def _compare(axes: Axes, stage: str, case: str, rows: Rows) -> None:
+    """A point an engine, its whisker from the slowest to the fastest call; rates on a log scale."""
+    for place, row in enumerate(reversed(rows)):
+        axes.errorbar(
+            row["rate"], place, xerr=_spread([row]), fmt="o", color=COLOURS[row["role"]], ms=5
+        )
+        text = f"{row['rate']:,.3g}" if row["rate"] < 100 else f"{row['rate']:,.0f}"
+        axes.annotate(text, (row["rate"], place), (0, 4), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), [row["engine"] for row in reversed(rows)])
+    axes.set_ylim(-0.5, len(rows))
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # every point has its number beside it
     axes.margins(x=0.15)
+    axes.grid(axis="x", lw=0.3)
+    axes.set_title(fill(f"{stage}: {case}", TITLE), loc="left")
+    axes.set_xlabel(f"{rows[0]['unit']}/s")
 
 
 def _grow(axes: Axes, stage: str, case: str, rows: Rows) -> None:
     """Rates over an axis, and on the right the peak of memory."""
-    axis, _, what = case.partition(": ")
+    axis = case.partition(":")[0]
     x = list(range(len(rows)))
     axes.errorbar(
         x, [row["rate"] for row in rows],
-        yerr=[[r["rate"] - r["slowest"] for r in rows], [r["fastest"] - r["rate"] for r in rows]],
-        color=COLOURS["ours"], marker="o", markersize=3,
+        yerr=_spread(rows), color=COLOURS["ours"], marker="o", markersize=3,
     )  # fmt: skip
     axes.set_xticks(x, [row["engine"] for row in rows])
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{axis}: {what}", loc="left")
+    axes.set_title(fill(case, TITLE), loc="left")
     axes.set_xlabel(axis)
     axes.set_ylabel(f"{rows[0]['unit']}/s", color=COLOURS["ours"])
     right = axes.twinx()
     right.plot(x, [row["peak_bytes"] / 1e9 for row in rows], color="#444444", ls="--", marker=".")
     right.set_ylim(bottom=0)
     right.set_ylabel("GB (dashed)")
+
+
+def _spread(rows: Rows) -> list[list[float]]:
+    """How far the slowest call of each row lies below its median, and the fastest above."""
+    return [[r["rate"] - r["slowest"] for r in rows], [r["fastest"] - r["rate"] for r in rows]]
