@@ -1,7 +1,7 @@
 # make demo   set-up, then the main job: images to a table of accuracies
 # make test   set-up, then the whole test suite
 # make check  ruff and mypy
-# make bench  images/s of every stage, beside its peers
+# make bench  rates of every stage, beside its peers and its limit (some 20 minutes)
 .NOTPARALLEL:
 
 DATASET ?= digits

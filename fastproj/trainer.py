@@ -143,9 +143,7 @@ class Trainer:
         self.optimiser.zero_grad()
         self._after_update([step for step, _ in done])
         self.step += 1
-        return {
-            name: torch.stack([told[name] for _, told in done]).mean() for name in done[0][1]
-        }
+        return {name: torch.stack([told[name] for _, told in done]).mean() for name in done[0][1]}
 
     def _seed(self) -> None:
         """One address a step and rank: a resumed run draws what it would have drawn."""

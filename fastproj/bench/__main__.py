@@ -1,84 +1,137 @@
-"""Command: ``python -m fastproj.bench loaders|views|heads|all``: a table, and a JSON file."""
+"""Command: ``python -m fastproj.bench STAGE``: a table, a JSON file and a picture beside it."""
 
+import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastproj.bench import heads, loaders, views
+from fastproj.bench import (
+    Plan,
+    Row,
+    chain,
+    decode,
+    growth,
+    heads,
+    loaders,
+    probe,
+    start,
+    step,
+    views,
+)
+from fastproj.bench.images import describe
+from fastproj.bench.picture import draw
 from fastproj.device import choose_device
 from fastproj.errors import SettingError, run_command
 from fastproj.journal import environment
+from fastproj.machine import cores
+from fastproj.manifest import open_beton
 from fastproj.settings import BENCH, Settings, load
 
-STAGES = ("loaders", "views", "heads", "all")
+STAGES: dict[str, Callable[[Plan], list[Row]]] = {
+    "decode": decode.run,
+    "loaders": loaders.run,
+    "chain": chain.run,
+    "views": views.run,
+    "heads": heads.run,
+    "step": step.run,
+    "probe": probe.run,
+    "start": start.run,
+    "growth": growth.run,
+}
+SETS = ("photos", "squares", "small")
+PEERS = {"dali": "nvidia-dali-cuda120", "spdl": "spdl", "kornia": "kornia", "lightly": "lightly",
+         "simplejpeg": "simplejpeg", "scikit-learn": "scikit-learn"}  # fmt: skip
 
 
 def bench(stage: str, settings: Settings) -> dict[str, Any]:
-    """Measure a stage; returns what the JSON file holds: machine, versions, settings and rows."""
+    """Measure a stage, or ``all``; what the JSON file holds, with no path of this machine in it."""
     given = settings.bench
-    rows: list[dict[str, Any]] = []
-    if stage in ("loaders", "all"):
-        for path, size, batch in ((given.photos, 224, 64), (given.squares, 224, 64),
-                                  (given.small, 32, 512)):  # fmt: skip
-            if path is not None:
-                rows += loaders.run(path, size, batch, given.workers, given.repeats)
-        missing = [n for n in ("photos", "squares", "small") if getattr(given, n) is None]
-        if missing:
-            print(f"not measured: loaders on {', '.join(missing)} (give --bench.NAME BETON)")
-    if stage in ("views", "all"):
-        rows += views.run(str(choose_device(given.device)), repeats=given.repeats)
-    if stage in ("heads", "all"):
-        rows += heads.run(str(choose_device(given.device)), repeats=given.repeats)
+    betons = {name: getattr(given, name) and open_beton(getattr(given, name)) for name in SETS}
+    device = choose_device(given.device)
+    plan = Plan(**betons, device=device, workers=min(given.workers or cores(), cores()),
+                repeats=given.repeats)  # fmt: skip
+    missing = [name for name in SETS if betons[name] is None]
+    if missing:
+        print(f"not measured: what needs {', '.join(missing)} (give --bench.NAME BETON)")
+    rows = [row for name, run in STAGES.items() if stage in (name, "all") for row in run(plan)]
+    told = environment()
+    del told["command"]  # it names this machine's files; the settings say the rest
+    told["packages"] |= {name: _version(package) for name, package in PEERS.items()}
     return {
         "stage": stage,
         "time": time.time(),
         "threads": torch.get_num_threads(),
-        "environment": environment(),
-        "settings": settings.flat(),
-        "rows": rows,
+        "environment": told,
+        "settings": {
+            "device": device.type,
+            "workers": plan.workers,
+            "repeats": plan.repeats,
+            **{name: beton and describe(beton) for name, beton in betons.items()},
+        },
+        "rows": [asdict(row) for row in rows],
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Aligned text: median, slowest and fastest images/s of each engine."""
-    head = ("stage", "engine", "px", "batch", "images/s", "slowest", "fastest", "n", "note")
-    cells = [head] + [
-        (
-            row["stage"], row["engine"], str(row["size"]), str(row["batch"]),
-            f"{row['images_per_second']:,.0f}", f"{row['min']:,.0f}", f"{row['max']:,.0f}",
-            str(row["repeats"]), row["note"],
-        )
-        for row in rows
-    ]  # fmt: skip
+    """Aligned text: the rates of each engine, its share of the limit, and what is missing."""
+    head = ("stage", "case", "engine", "", "rate", "slowest", "fastest", "unit", "n", "share",
+            "peak", "note")  # fmt: skip
+    cells = [head, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = (0, 1, 2, 3, 7, 11)
     return "\n".join(
-        "  ".join(c.ljust(w) if i in (0, 1, 8) else c.rjust(w)
+        "  ".join(c.ljust(w) if i in left else c.rjust(w)
                   for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in cells
     )  # fmt: skip
 
 
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    what = (row["stage"], row["case"], row["engine"], row["role"])
+    if row["missing"]:
+        return (*what, "–", "", "", "", "", "", "", f"missing: {row['missing']}")
+    rates = tuple(number(row[name]) for name in ("rate", "slowest", "fastest"))
+    share = "" if row["share"] is None else f"{row['share']:.0%}"
+    peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+    return (*what, *rates, f"{row['unit']}/s", str(row["repeats"]), share, peak, row["note"])
+
+
+def number(rate: float) -> str:
+    """Three digits, or whole: 0.0421, 12.3, 25,389."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what the first word names, with the settings that follow it."""
+    names = (*STAGES, "all")
     stage, *rest = argv or ["all"]
     if stage.startswith("-"):
         stage, rest = "all", list(argv)
-    if stage not in STAGES:
-        raise SettingError(f"no stage {stage!r} to measure: one of {', '.join(STAGES)}")
+    if stage not in names:
+        raise SettingError(f"no stage {stage!r} to measure: one of {', '.join(names)}")
     settings = load(
-        BENCH, rest, f"python -m fastproj.bench {'|'.join(STAGES)}", "Images/s of each stage."
+        BENCH, rest, f"python -m fastproj.bench {'|'.join(names)}", "Rates of each stage."
     )
     result = bench(stage, settings)
     print(table(result["rows"]))
     out = Path(settings.bench.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {out}", file=sys.stderr)
+    draw(result["rows"], out.with_suffix(".svg"))
+    print(f"written: {out} and {out.with_suffix('.svg')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

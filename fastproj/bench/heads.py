@@ -1,19 +1,19 @@
-"""Time and memory of a training step of the sparse head, beside plain autograd doing the same."""
+"""A training step of the sparse head, beside plain autograd doing the same: time and memory."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproj.bench import measure
+from fastproj.bench import Engine, Plan, Role, Row, compare, limits, timed
+from fastproj.bench.alone import alone, memory
 from fastproj.optim import Lars, parameter_groups
 from fastproj.sparse import Sparse
+
+PAPER = (512, 100_000, 512, 1000)  # features, latents, out, k
 
 
 class Plain(nn.Module):
@@ -33,74 +33,54 @@ class Plain(nn.Module):
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
-    "fastproj sparse head": Sparse,
+    "sparse head": Sparse,
     "relu, top-k, mask, matmul": Plain,
 }
 
 
-def run(
-    device: str = "cpu",
-    warmup: int = 1,
-    repeats: int = 5,
-    rows: int = 512,
-    features: int = 512,
-    latents: int = 100_000,
-    out: int = 512,
-    k: int = 1000,
-) -> list[dict[str, Any]]:
-    """Forward, backward and a step of LARS, float32, at the paper's size: one row a head.
+def run(plan: Plan, rows: int = 512, sizes: Sequence[int] = PAPER) -> list[Row]:
+    """Forward, backward and a step of LARS, float32; the unit is one row of features.
 
-    Each head has a process of its own, with this one's count of threads. Beside the rates (in which
-    an image is a row of features), ``seconds`` is a step's median and ``peak_bytes`` the most
-    memory at once, beyond that of the process before: resident on a CPU, in tensors on a GPU. It
-    holds the weights, their gradients, and LARS's momentum and updates: four times the weights.
+    ``peak_bytes`` is the most memory at once beyond what the process began with, of a step in a
+    process of its own: resident on a CPU, in tensors on a GPU. It holds the weights, their
+    gradients, and LARS's momentum and updates: four times the weights. The limit is the encoder's
+    product, once, which is a forward pass's alone.
     """
-    lines = []
-    for engine in HEADS:
-        given = {
-            "engine": engine, "device": device, "threads": torch.get_num_threads(),
-            "warmup": warmup, "repeats": repeats, "rows": rows,
-            "sizes": [features, latents, out, k],
-        }  # fmt: skip
-        child = subprocess.run(
-            [sys.executable, "-m", "fastproj.bench.heads", json.dumps(given)],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        measured = json.loads(child.stdout.splitlines()[-1])
-        lines.append(
-            {"stage": "heads", "engine": engine, "size": features, "batch": rows}
-            | measured
-            | {
-                "note": f"{features} -> {latents:,} -> {out}, k {k:,}:"
-                f" {measured['seconds']:.3f} s a step, {measured['peak_bytes'] / 1e9:.2f} GB"
-            }
-        )
-    return lines
+    features, latents, out, k = sizes
+    roles: tuple[Role, Role] = ("ours", "peer")
+    engines = [
+        Engine(name, role, rows, _prepare(name, rows, sizes, plan.device))
+        for name, role in zip(HEADS, roles, strict=True)
+    ]
+    product = limits.products(1, rows, features, latents, plan.device, rows)
+    case = f"{features} -> {latents:,} -> {out}, k {k:,}, {rows} rows"
+    compared = compare("heads", case, "rows", [*engines, product], 1, plan.repeats)
+    return [row if row.role == "limit" else _with_peak(row, rows, sizes, plan) for row in compared]
 
 
-def step_of(given: dict[str, Any]) -> dict[str, float | int]:
-    """What ``run`` says of one head, measured in this process."""
-    torch.set_num_threads(given["threads"])
-    device, rows = torch.device(given["device"]), given["rows"]
-    build = HEADS[given["engine"]]
-    _stepper(build, 4, (8, 64, 8, 2), device)()  # loads libraries, compiles kernels
-    before = _memory("VmRSS") if device.type == "cpu" else 0
-    timing = measure(
-        _stepper(build, rows, given["sizes"], device), given["warmup"], given["repeats"]
-    )
-    if device.type == "cpu":
-        peak = _memory("VmHWM") - before
-    else:
-        peak = torch.cuda.max_memory_allocated(device)
-    return timing.rates(rows) | {"seconds": timing.median, "peak_bytes": peak}
+def _with_peak(row: Row, rows: int, sizes: Sequence[int], plan: Plan) -> Row:
+    once = alone(measured, name=row.engine, rows=rows, sizes=list(sizes),
+                 device=plan.device.type, repeats=0)  # fmt: skip
+    return replace(row, peak_bytes=once["peak_bytes"])
 
 
-def _stepper(
-    build: Callable[..., nn.Module], rows: int, sizes: Sequence[int], device: torch.device
-) -> Callable[[], None]:
+def measured(
+    name: str, rows: int, sizes: Sequence[int], device: str, repeats: int
+) -> dict[str, Any]:
+    """``seconds`` of steps and the ``peak_bytes`` of all, in this process; one and ``repeats``."""
+    stepper(name, 4, (8, 64, 8, 2), torch.device(device))()  # loads libraries, compiles kernels
+    before = memory("VmRSS")
+    step = stepper(name, rows, sizes, torch.device(device))
+    seconds = [timed(step) for _ in range(1 + repeats)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else memory("VmHWM") - before
+    return {"seconds": seconds, "peak_bytes": peak, "work": rows}
+
+
+def stepper(name: str, rows: int, sizes: Sequence[int], device: torch.device) -> Callable[[], None]:
+    """One training step of a head of HEADS, as a function."""
     features, _, out, _ = sizes
     torch.manual_seed(0)
-    head = build(*sizes).to(device)
+    head = HEADS[name](*sizes).to(device)
     optimiser = Lars(parameter_groups([head], 1e-4), lr=0.1)
     x = torch.randn(rows, features, device=device, requires_grad=True)
     grad = torch.randn(rows, out, device=device)
@@ -113,16 +93,7 @@ def _stepper(
     return step
 
 
-def _memory(field: str) -> int:
-    """Bytes of this process: ``VmRSS``, resident now, or ``VmHWM``, at most so far.
-
-    Not ``ru_maxrss``: a child's begins at its parent's.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux")
-
-
-if __name__ == "__main__":  # as run() starts it
-    print(json.dumps(step_of(json.loads(sys.argv[1]))))
+def _prepare(
+    name: str, rows: int, sizes: Sequence[int], device: torch.device
+) -> Callable[[], Callable[[], object]]:
+    return lambda: stepper(name, rows, sizes, device)

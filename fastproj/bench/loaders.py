@@ -1,110 +1,75 @@
-"""Speed of each engine from beton to two uint8 crops an image, beside its peers and its limit."""
+"""From stored images to two uint8 crops an image: each engine beside its peers and its limit."""
 
-import dataclasses
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
 
-import numpy as np
-import simplejpeg
-
-from fastproj.bench import measure
+from fastproj.bench import Engine, Plan, Row, compare, limits, peers
+from fastproj.bench.images import are_jpegs, as_files, drain, several_times
 from fastproj.loaders import Crop, open_loader
-from fastproj.machine import cores
-from fastproj.manifest import JPEG, Beton, open_beton
+from fastproj.loaders.resident import is_uniform
+from fastproj.manifest import Beton
 
-IMAGES = 3000  # an epoch: long enough that starting workers hardly counts
 VIEWS = 2
 
 
-def run(
-    path: str | Path, size: int, batch: int, workers: int = 0, repeats: int = 5
-) -> list[dict[str, Any]]:
-    """One row an engine that can read the beton: an epoch of two random resized crops of ``size``.
+def run(plan: Plan, images: int = 3000, photo: int = 224, small: int = 32) -> list[Row]:
+    """Cases: the jpeg and the square store at ``photo`` pixels, raw small images at ``small``.
 
-    A set smaller than IMAGES is gone through several times in one epoch. Peers: torch's DataLoader
-    with torchvision (our ``reference``), and FFCV's own pipeline, which needs a pass a view. The
-    limit, for JPEGs: libjpeg-turbo decoding the same bytes on all cores and nothing else.
+    A call is an epoch of at least ``images``: long enough that starting workers hardly counts.
     """
-    workers = min(workers or cores(), cores())
-    beton = open_beton(path)
-    epoch = several_times(beton, max(1, IMAGES // len(beton)))
-    jpegs = bool((beton.mode == JPEG).all())
-    uniform = beton.manifest.store == "square" or not jpegs
-    engines: dict[str, Callable[[], object]] = {}
-    for engine in ("resident", "stream", "reference") if uniform else ("stream", "reference"):
-        loader = open_loader(
-            epoch, [Crop(size, VIEWS)], batch, engine=engine, workers=workers, drop_last=False
-        )
-        engines[engine] = lambda loader=loader: drain(loader)  # type: ignore[misc]
-    ffcv = _ffcv(epoch, size, batch, workers)
-    engines["FFCV, a pass a view"] = lambda: drain(chain(*[ffcv] * VIEWS))
-    if jpegs:
-        engines["limit: decode alone"] = lambda: _decode(epoch, workers)
     rows = []
-    for engine, call in engines.items():
-        timing = measure(call, warmup=1, repeats=repeats)
-        rows.append(
-            {"stage": "loaders", "engine": engine, "size": size, "batch": batch}
-            | timing.rates(len(epoch))
-            | {"note": f"{beton.manifest.store} store, {VIEWS} crops an image, {workers} workers"}
-        )
+    for beton, size, batch in (
+        (plan.photos, photo, 64), (plan.squares, photo, 64), (plan.small, small, 512)
+    ):  # fmt: skip
+        if beton is not None:
+            rows += _case(plan, several_times(beton, images), size, batch)
     return rows
 
 
-def several_times(beton: Beton, times: int) -> Beton:
-    """The same file with each sample listed ``times`` times, each with an index of its own."""
-
-    def tiled(array: np.ndarray) -> np.ndarray:
-        return np.tile(array, times)
-
-    return dataclasses.replace(
-        beton,
-        mode=tiled(beton.mode),
-        width=tiled(beton.width),
-        height=tiled(beton.height),
-        pointer=tiled(beton.pointer),
-        length=tiled(beton.length),
-        label=tiled(beton.label),
-        index=np.arange(times * len(beton)),
-        source_width=tiled(beton.source_width),
-        source_height=tiled(beton.source_height),
-    )
-
-
-def drain(batches: Iterable[object]) -> None:
-    for _ in batches:
-        pass
-
-
-def _ffcv(beton: Beton, size: int, batch: int, workers: int) -> Iterable[object]:
-    """FFCV 1.0.2 as its examples use it, without the copy that owning a batch would take."""
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-
-    fields = {"image": [RandomResizedCropRGBImageDecoder((size, size))]}
-    unread = {name: None for name in ("index", "width", "height")}
-    square = beton.manifest.store == "square"
-    return Loader(
-        str(beton.path),
-        batch_size=batch,
-        num_workers=workers,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=False,
-        indices=np.arange(len(beton)) % beton.manifest.samples,
-        pipelines=fields | (unread if square else {"index": None}),
-    )
+def _case(plan: Plan, beton: Beton, size: int, batch: int) -> list[Row]:
+    jpegs = are_jpegs(beton)
+    names = ["resident"] * is_uniform(beton) + ["stream", "dali"]
+    ours = [
+        Engine(name, "ours", len(beton), _ours(plan, beton, size, batch, name)) for name in names
+    ]
+    workers = plan.workers
+    theirs = [
+        Engine(
+            "torch DataLoader + torchvision", "peer", len(beton),
+            _ours(plan, beton, size, batch, "reference"), "the engine reference: the same boxes",
+        ),
+        Engine(
+            "FFCV", "peer", len(beton), lambda: peers.ffcv(beton, size, batch, workers),
+            "a pass a view; nearest neighbour where it enlarges",
+        ),
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        if jpegs:
+            files = stack.enter_context(as_files(beton))
+            theirs += [
+                Engine("DALI from files", "peer", len(beton),
+                       lambda: peers.dali_files(files, size, batch, workers)),
+                Engine("SPDL from files", "peer", len(beton),
+                       lambda: peers.spdl_files(files, size, batch, workers), "a decode a view"),
+            ]  # fmt: skip
+            limit = limits.decode(beton, workers)
+        else:
+            shape = (VIEWS * batch, size, size, 3)
+            limit = limits.copy(shape, plan.device, batch, len(beton))
+        case = f"two crops of {size} px, {beton.manifest.store} store, batch {batch}"
+        return compare("loaders", case, "images", [*ours, *theirs, limit], 1, plan.repeats)
 
 
-def _decode(beton: Beton, workers: int) -> None:
-    def part(positions: np.ndarray) -> None:
-        size = int((beton.width * beton.height).max()) * 3
-        buffer = np.empty(size, np.uint8)
-        for position in positions.tolist():
-            simplejpeg.decode_jpeg(beton.stored(position), buffer=buffer)
+def _ours(
+    plan: Plan, beton: Beton, size: int, batch: int, name: str
+) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        if name == "dali":
+            import nvidia.dali  # noqa: F401  # missing here is no failure of the benchmark
+        loader = open_loader(
+            beton, [Crop(size, VIEWS)], batch, device=plan.device, engine=name,
+            workers=plan.workers, drop_last=False,
+        )  # fmt: skip
+        return lambda: drain(loader)
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(part, np.array_split(np.arange(len(beton)), workers)))
+    return prepare

@@ -1,85 +1,83 @@
-"""Speed of the views chain, eager and compiled, beside torchvision and kornia doing the same."""
+"""The augmentation of ready crops: our chain, eager and compiled, beside peers doing the same."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import kornia.augmentation as kornia
 import torch
 from torch import Tensor
-from torchvision.transforms import v2 as tv
+from torchvision.transforms.v2 import functional as tv
 
-from fastproj.bench import measure
+from fastproj.bench import Engine, Plan, Row, compare, limits, peers
 from fastproj.views import PRESETS, Views
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# (pixels, images a batch); torchvision goes one by one, so fewer images give the same rate.
-SIZES = ((32, 512), (224, 32))
-ONE_BY_ONE = {32: 64, 224: 8}
+SIMCLR = PRESETS["simclr"]
+# (pixels, images a batch, images of those who go one by one: fewer give the same rate)
+SIZES = ((32, 512, 64), (224, 32, 8))
 
 
-def run(device: str = "cpu", warmup: int = 2, repeats: int = 7) -> list[dict[str, Any]]:
-    """Two views of a batch of uint8 crops with the preset ``simclr``: one row an engine and size.
+def run(plan: Plan, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[Row]:
+    """Two views of a batch of uint8 crops with the preset ``simclr``; the unit is one view.
 
-    Rates count views, and each engine's time includes drawing its parameters.
+    Each engine's time includes drawing its parameters.
     """
     rows = []
-    for size, images in SIZES:
+    for size, batch, few in sizes:
         generator = torch.Generator().manual_seed(0)
-        crops = torch.randint(
-            0, 256, (2 * images, 3, size, size), generator=generator, dtype=torch.uint8
-        )
-        crops = crops.to(device, memory_format=torch.channels_last)
-        few = crops[: 2 * ONE_BY_ONE[size]]
-        for engine, batch, call, note in (
-            ("fastproj eager", crops, _ours(device, compiled=False), ""),
-            ("fastproj compiled", crops, _ours(device, compiled=True), "compiled in the warm-up"),
-            ("kornia", crops, _kornia(), "AugmentationSequential: one jitter order a batch"),
-            ("torchvision", few, _torchvision(), "v2, one by one"),
-        ):
-            timing = measure(partial(call, batch), warmup, repeats)
-            rows.append(
-                {"stage": "views", "engine": engine, "size": size, "batch": len(batch) // 2}
-                | timing.rates(len(batch))
-                | {"note": note}
-            )
+        shape = (2 * batch, 3, size, size)
+        crops = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        crops = crops.to(plan.device, memory_format=torch.channels_last)
+        some = crops[: 2 * few]
+        engines = [
+            Engine("eager", "ours", len(crops), _ours(crops, compiled=False)),
+            Engine("compiled", "ours", len(crops), _ours(crops, compiled=True),
+                   "compiled in the warm-up"),
+            Engine("kornia", "peer", len(crops), _kornia(crops), "one jitter order a batch"),
+            Engine("torchvision", "peer", len(some), _torchvision(some), "v2, one by one"),
+            Engine("lightly", "peer", len(some), _lightly(some, size), "Pillow, one by one"),
+            limits.convert(crops),
+        ]  # fmt: skip
+        case = f"{size} px, batch {batch}, all operations"
+        rows += compare("views", case, "views", engines, 2, plan.repeats)
     return rows
 
 
-def _ours(device: str, compiled: bool) -> Callable[[Tensor], Tensor]:
-    views = Views(PRESETS["simclr"], MEAN, STD).to(device)
-    if compiled:
-        views.compile()
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda crops: views(crops, views.sample(len(crops) // 2, generator))
+def _ours(crops: Tensor, compiled: bool) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        views = Views(SIMCLR, peers.MEAN, peers.STD).to(crops.device)
+        if compiled:
+            views.compile()
+        generator = torch.Generator(crops.device).manual_seed(0)
+        return lambda: views(crops, views.sample(len(crops) // 2, generator))
+
+    return prepare
 
 
-def _kornia() -> Callable[[Tensor], Tensor]:
-    view, _ = PRESETS["simclr"]
-    chain = kornia.AugmentationSequential(
-        kornia.RandomHorizontalFlip(p=view.flip),
-        kornia.ColorJitter(
-            view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter
-        ),
-        kornia.RandomGrayscale(p=view.gray),
-        kornia.RandomGaussianBlur((13, 13), view.sigma, p=view.blur),
-        kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-        data_keys=["input"],
-    )
-    return lambda crops: chain(crops.float() / 255)
+def _kornia(crops: Tensor) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        chain = peers.kornia_views(SIMCLR[0])
+        return lambda: chain(crops.float() / 255)
+
+    return prepare
 
 
-def _torchvision() -> Callable[[Tensor], Tensor]:
-    view, _ = PRESETS["simclr"]
-    jitter = tv.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    chain = tv.Compose(
-        [
-            tv.ToDtype(torch.float32, scale=True),
-            tv.RandomHorizontalFlip(view.flip),
-            tv.RandomApply([jitter], view.jitter),
-            tv.RandomGrayscale(view.gray),
-            tv.RandomApply([tv.GaussianBlur(13, view.sigma)], view.blur),
-            tv.Normalize(MEAN, STD),
-        ]
-    )
-    return lambda crops: torch.stack([chain(crop) for crop in crops])
+def _torchvision(crops: Tensor) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        chain = peers.torchvision_views(SIMCLR[0])
+        return lambda: torch.stack([chain(crop) for crop in crops])
+
+    return prepare
+
+
+def _lightly(crops: Tensor, size: int) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        _, *rest = peers.lightly_views(size).transform.transforms  # all but its crop
+        pictures = [tv.to_pil_image(crop.cpu()) for crop in crops]
+
+        def one(picture: object) -> Tensor:
+            for transform in rest:
+                picture = transform(picture)
+            assert isinstance(picture, Tensor)
+            return picture
+
+        return lambda: torch.stack([one(picture) for picture in pictures])
+
+    return prepare

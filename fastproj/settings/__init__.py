@@ -196,13 +196,15 @@ Section("data", "raw images to a beton and its manifest", PREPARE).params(
 
 BENCH = Config()
 Section("bench", "what is measured, and on which images", BENCH).params(
-    photos=Param(OrNull(File()), "jpeg beton of photographs, cropped to 224 pixels"),
-    squares=Param(OrNull(File()), "square beton of photographs, cropped to 224 pixels"),
-    small=Param(OrNull(File()), "raw beton of small images, cropped to 32 pixels"),
-    device=Param(Choice("auto", "cpu", "cuda"), "where views and heads are computed", "auto"),
+    photos=Param(
+        OrNull(File()), "jpeg beton of photographs: decode, loaders, chain, start, growth"
+    ),
+    squares=Param(OrNull(File()), "square beton of photographs: loaders"),
+    small=Param(OrNull(File()), "raw beton of small images: loaders, step, growth"),
+    device=Param(Choice("auto", "cpu", "cuda"), "where to compute; auto: cuda if there", "auto"),
     workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
     repeats=Param(_count, "measured calls, after the warm-up", 5),
-    out=Param(File(), "JSON file to write", "bench-results/bench.json"),
+    out=Param(File(), "JSON file to write, and beside it a picture", "bench-results/bench.json"),
 )
 
 DEMO = Config()

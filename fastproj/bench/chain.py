@@ -1,0 +1,56 @@
+"""From stored JPEGs to two SimCLR views an image as floats: all that comes before a model."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastproj.bench import Engine, Plan, Row, compare, limits, peers
+from fastproj.bench.images import several_times
+from fastproj.loaders import Crop, open_loader
+from fastproj.manifest import Beton
+from fastproj.views import PRESETS, Views
+
+SIMCLR = PRESETS["simclr"]
+
+
+def run(
+    plan: Plan, images: int = 1500, few: int = 200, size: int = 224, batch: int = 64
+) -> list[Row]:
+    """The preset ``simclr``, blur included, at ``size`` pixels. A call of the slow peers does only
+    ``few`` images."""
+    if plan.photos is None:
+        return []
+    many, some = several_times(plan.photos, images), several_times(plan.photos, few)
+    decoded, pillow = peers.torchvision_decode, peers.pillow
+    workers = plan.workers
+    engines = [
+        Engine("stream + compiled views", "ours", len(many),
+               lambda: _ours(plan, many, size, batch), "compiled in the warm-up"),
+        Engine("torch DataLoader + torchvision v2, tensors", "peer", len(some),
+               lambda: peers.data_loader(some, peers.torchvision_views(SIMCLR[0], size), decoded,
+                                         batch, workers)),
+        Engine("torch DataLoader + torchvision v2, Pillow", "peer", len(some),
+               lambda: peers.data_loader(some, peers.pillow_views(SIMCLR[0], size), pillow,
+                                         batch, workers)),
+        Engine("torch DataLoader + lightly", "peer", len(some),
+               lambda: peers.data_loader(some, peers.lightly_views(size), pillow, batch, workers)),
+        limits.decode(many, workers),
+    ]  # fmt: skip
+    case = f"two SimCLR views of {size} px, {many.manifest.store} store, batch {batch}"
+    return compare("chain", case, "images", engines, 1, plan.repeats)
+
+
+def _ours(plan: Plan, beton: Beton, size: int, batch: int) -> Callable[[], object]:
+    loader = open_loader(
+        beton, [Crop(size, len(SIMCLR))], batch, device=plan.device, engine="stream",
+        workers=plan.workers,
+    )  # fmt: skip
+    views = Views(SIMCLR, peers.MEAN, peers.STD).to(plan.device)
+    views.compile()
+    generator = torch.Generator(plan.device).manual_seed(0)
+
+    def call() -> None:
+        for drawn in loader:
+            views(drawn.crops[0], views.sample(batch, generator))
+
+    return call
