@@ -1,8 +1,8 @@
 """Several processes as one: rank, world, and a gather that gradients flow through.
 
 The only room that knows of ``torch.distributed``. Processes are started by torchrun, which says
-who is who in RANK, WORLD_SIZE and LOCAL_RANK; alone, nothing is initialised and every function
-here is the identity.
+who is who in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; alone, nothing is initialised and
+every function here is the identity.
 """
 
 import os
@@ -17,11 +17,12 @@ from fastproj.errors import InputError
 
 
 class Rank(NamedTuple):
-    """Who this process is: its number, how many there are, its number on this machine."""
+    """Who this process is: its number, how many there are, and the same on this machine."""
 
     rank: int
     world: int
     local: int
+    local_world: int = 1
 
 
 def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
@@ -33,6 +34,7 @@ def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
     is missing, or the others do not come.
     """
     rank, world, local = (_announced(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_world = _announced("LOCAL_WORLD_SIZE")
     if world is None or world == 1:
         return Rank(0, 1, 0)
     if rank is None or local is None:
@@ -58,7 +60,7 @@ def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
             f"rank {rank} of {world} did not meet the others at {where} within {timeout:g} s"
             f" ({reason}): start all ranks with one torchrun command"
         ) from error
-    return Rank(rank, world, local)
+    return Rank(rank, world, local, local_world or 1)
 
 
 def _announced(name: str) -> int | None:

@@ -20,6 +20,7 @@ from fastproj.diagnostics import Diagnostics
 from fastproj.errors import InputError
 from fastproj.learner import Step
 from fastproj.loaders import Batch, open_loader
+from fastproj.machine import cores
 from fastproj.manifest import open_beton
 from fastproj.norm import synchronise
 from fastproj.optim import build_optimiser, cosine, linear, set_rates
@@ -65,7 +66,7 @@ class Trainer:
             seed=settings.run.seed,
             rank=rank.rank,
             world=rank.world,
-            workers=settings.data.workers,
+            workers=settings.data.workers or max(1, cores() // rank.local_world),
             memory_share=settings.data.memory_share,
         )
         self.precision = choose_precision(settings.train.precision, device)
@@ -132,12 +133,16 @@ class Trainer:
         self._seed()
         if self.graphs:  # what the last step's graphs gave back may be written over from here on
             torch.compiler.cudagraph_mark_step_begin()
-        done = [
-            self._part(views, labels)
-            for views, labels in zip(
-                self._augment(batch), batch.labels.chunk(optim.accumulate), strict=True
-            )
-        ]
+        done: list[tuple[Step, dict[str, Tensor]]] = []
+        for views, labels in zip(
+            self._augment(batch), batch.labels.chunk(optim.accumulate), strict=True
+        ):
+            # Ranks add up their gradients once a step, in the last part's backward pass.
+            if len(done) + 1 < optim.accumulate and isinstance(self.model, DistributedDataParallel):
+                with self.model.no_sync():
+                    done.append(self._part(views, labels))
+            else:
+                done.append(self._part(views, labels))
         self.learner.objective.before_update()
         self.scaler.step(self.optimiser)
         self.scaler.update()

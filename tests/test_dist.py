@@ -13,12 +13,12 @@ from fastproj import dist
 from fastproj.errors import InputError
 
 WORLD = 3
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in NAMES:
+    for name in (*NAMES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -89,7 +89,7 @@ def test_mean_and_votes_are_the_same_everywhere(seen):
 
 
 def test_alone_nothing_is_initialised():
-    assert dist.start("cpu") == (0, 1, 0)
+    assert dist.start("cpu") == (0, 1, 0, 1)
     assert not torch.distributed.is_initialized()
     x = torch.randn(3, requires_grad=True)
     assert dist.gather(x) is x and dist.total(x) is x
@@ -104,10 +104,12 @@ def test_torchrun_starts_it(tmp_path):
     script = tmp_path / "hello.py"
     script.write_text(
         "from fastproj import dist\n"
-        "import torch\n"
+        "import os, torch\n"
         "me = dist.start('cpu')\n"
         "total = dist.gather(torch.tensor([me.rank + 1.0])).sum().item()\n"
-        "print(f'rank {me.rank} of {me.world}, local {me.local}: {total}', flush=True)\n"
+        "where = f'local {me.local} of {me.local_world}'\n"
+        "line = f'rank {me.rank} of {me.world}, {where}: {total}\\n'\n"
+        "os.write(1, line.encode())  # at once: two ranks write to one pipe\n"
         "dist.stop()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -121,8 +123,8 @@ def test_torchrun_starts_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [
-        "rank 0 of 2, local 0: 3.0",
-        "rank 1 of 2, local 1: 3.0",
+        "rank 0 of 2, local 0 of 2: 3.0",
+        "rank 1 of 2, local 1 of 2: 3.0",
     ]
 
 

@@ -141,4 +141,3 @@ def test_the_slurm_script_makes_one_run_of_two_nodes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     events = journal.read(tmp_path / "r" / "metrics.jsonl")
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 11))
-    assert "workers: 2" in (tmp_path / "r" / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +13,7 @@ from betons import digit_like, photographs, write
 from ranks import on_ranks
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 import fastproj.trainer
 from data_prep.encode import Store
@@ -21,6 +23,8 @@ from fastproj.errors import InputError, SettingError
 from fastproj.learner import Learner
 from fastproj.loaders import Batch
 from fastproj.loaders.boxes import draw
+from fastproj.loaders.stream import StreamLoader
+from fastproj.machine import cores
 from fastproj.manifest import Beton
 from fastproj.objective import OBJECTIVES
 from fastproj.settings import RUN, Settings, load
@@ -111,6 +115,9 @@ def read_in_an_epoch(beton: Path) -> dict[str, torch.Tensor]:
 
 def every_variant(beton: Path) -> dict[str, dict[str, torch.Tensor]]:
     seen = {name: six_steps(beton, changes) for name, changes in VARIANTS.items()}
+    seen["in parts"] = six_steps(beton, {"optim__accumulate": 2})
+    with mock.patch.object(DistributedDataParallel, "no_sync", lambda self: nullcontext()):
+        seen["in parts, each summed over ranks"] = six_steps(beton, {"optim__accumulate": 2})
     return seen | {"read": read_in_an_epoch(beton)}
 
 
@@ -131,6 +138,20 @@ def test_two_ranks_equal_one(beton: Beton, two_ranks: list, name: str) -> None:
             torch.testing.assert_close(
                 seen[name][key], value, **close, msg=lambda m, key=key: f"{key}: {m}"
             )
+
+
+def test_ranks_of_one_machine_share_its_cores(beton: Beton) -> None:
+    for ranks, workers, threads in ((2, 0, max(1, cores() // 2)), (1000, 0, 1), (2, 1, 1)):
+        given = settings(beton.path, data__workers=workers, data__engine="stream")
+        trainer = Trainer(given, dist.Rank(0, 1, 0, ranks), torch.device("cpu"))
+        assert isinstance(trainer.loader, StreamLoader) and trainer.loader.workers == threads
+
+
+def test_ranks_sum_gradients_once_for_all_parts(two_ranks: list) -> None:
+    right = two_ranks[0]["in parts, each summed over ranks"]
+    for seen in two_ranks:
+        for key, value in right.items():
+            torch.testing.assert_close(seen["in parts"][key], value, rtol=1e-6, atol=1e-8)
 
 
 def test_each_sample_is_read_once_by_one_of_two_ranks(beton: Beton, two_ranks: list) -> None:

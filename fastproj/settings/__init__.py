@@ -46,7 +46,7 @@ Section("data", "the betons and how they are read", RUN).params(
     engine=Param(
         Choice("auto", "resident", "stream", "dali", "reference"), "loader engine", "auto"
     ),
-    workers=Param(Int(0), "loader threads; 0: every core this process may use", 0),
+    workers=Param(Int(0), "loader threads; 0: the cores, shared by a machine's ranks", 0),
     memory_share=Param(_share, "resident if the set fits this share of free memory", 0.5),
 )
 Section(
