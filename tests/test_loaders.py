@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from data_prep.encode import Store
 from fastproj.errors import InputError
-from fastproj.loaders import Batch, Center, Crop, _choose, open_loader, resident
+from fastproj.loaders import Batch, Center, Crop, _choose, open_loader, resident, stream
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.order import Order
@@ -98,6 +98,15 @@ def test_every_engine_gives_torchvisions_crops_of_the_same_boxes(beton: Beton) -
                 difference = (crops.int() - wanted.int()).abs().float()
                 assert difference.mean() < 0.5, engine  # the contract says 2
                 assert difference.max() <= 2, engine
+
+
+def test_prefetching_changes_no_pixel(
+    photos: dict[str, Beton], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = epoch(photos["jpeg"], "stream", 1)
+    monkeypatch.setattr(stream, "PREFETCHED", 0)
+    for a, b in zip(plain, epoch(photos["jpeg"], "stream", 1), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
 
 
 def test_order_depends_on_seed_and_epoch_alone(beton: Beton) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import io
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,31 @@ def test_threads_share_a_batch(tmp_path: Path) -> None:
     crops.zero_()
     fill.run()  # nothing is left to do
     assert not crops.any()
+
+
+def test_prefetching_reads_the_samples_and_little_else(tmp_path: Path) -> None:
+    """200 samples of 40 kB anywhere in a file of 64 MB that is in no cache."""
+    def read_so_far() -> int:
+        told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(told["read_bytes"])
+
+    size, length = 1 << 26, 40_000
+    file = tmp_path / "file"
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    stored = Stored([bytes(1)] * 200, [(1, 1)] * 200)
+    stored.data = np.memmap(file, np.uint8, mode="r")
+    stored.length = np.full(200, length)
+    stored.pointer = np.random.default_rng(1).permutation(size // length)[:200] * length
+    native.read_at_random(stored)  # type: ignore[arg-type]
+    before = read_so_far()
+    native.Fill(stored, np.arange(200), [], padded=torch.empty(200, 1, 1, 3)).prefetch()  # type: ignore[arg-type]
+    read = read_so_far() - before
+    if read == 0:
+        pytest.skip("this file system does not count what is read from it")
+    assert 200 * length <= read <= 1.3 * 200 * length  # whole pages
 
 
 def test_what_cannot_be_decoded_is_named() -> None:

@@ -234,6 +234,19 @@ def test_a_sample_does_not_see_its_neighbours():
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("n", [33, 34])
+def test_a_large_batch_is_done_in_equal_parts(n, monkeypatch):
+    views = Views(PRESETS["byol"], MEAN, STD)
+    crops = images(n)
+    params = Params(*(p[:n] for p in views.sample(17, torch.Generator().manual_seed(14))))
+    whole = views(crops, params)
+    pixels, shapes = views._pixels, []
+    monkeypatch.setattr("fastproj.views.PIXELS_AT_ONCE", n * 16 * 16 // 2)
+    monkeypatch.setattr(views, "_pixels", lambda *a: (shapes.append(a[0].shape), pixels(*a))[1])
+    torch.testing.assert_close(views(crops, params), whole, atol=1e-5, rtol=0)
+    assert shapes == [(17, 3, 16, 16)] * 2  # one graph serves both; 33 samples overlap by one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager_without_recompiling(dtype):

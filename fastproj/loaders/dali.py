@@ -17,7 +17,16 @@ each, at most 1/255 within and 7/255 on the rim; 0.25 and 22 where the tests' pi
 
 DALI decodes what is left of a damaged JPEG without an error (a line on stderr is all). So a JPEG's
 bytes are compared with the manifest's hash the first time the sample is read, in the caller's
-thread. Speed: not measured.
+thread: 0.05 ms an image, and the first epoch was as fast as the second.
+
+Speed: on a CPU ``stream`` is the faster one. Two crops to 224 px of ImageNet photographs (at most
+400 px, JPEG), 4 cores, batches of 64, epochs of 900 images in turn with ``stream`` (n 11, beside
+other programs): 0.40 of its images/s (0.32 - 0.44), 4.7 ms of CPU time an image against 2.1.
+Decoding is not what costs (n 6): alone 1.1 ms (libjpeg-turbo by itself 1.0), both slices 0.6,
+both resizes 2.9. Decode and slices together (n 9): the box that holds all views 1.54 ms, each view
+decoded by itself 1.70, the whole image 1.77. A resize that takes the box as its region and needs no
+slice saves 0.6 ms, but lets pixels outside the box in: 64/255 off at worst. A new pipeline every
+epoch costs 20 - 40 ms. On a GPU: not measured.
 """
 
 from collections import deque

@@ -16,6 +16,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <jpeglib.h>
 
@@ -363,6 +365,24 @@ static int one(Batch *batch, int64_t slot, struct jpeg_decompress_struct *info, 
         return -1;
     jpeg_abort_decompress(info);
     return batch->padded ? 0 : crop(batch, slot, image, pitch, scratch);
+}
+
+static void advise(const uint8_t *from, int64_t bytes, int advice) {
+    uintptr_t start = (uintptr_t)from & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1);
+    madvise((void *)start, (uintptr_t)from + bytes - start, advice);  /* a hint: it may fail */
+}
+
+/* At a page that is not in memory, read that page alone, not those around it. */
+void fastproj_read_at_random(const uint8_t *data, int64_t bytes) {
+    advise(data, bytes, MADV_RANDOM);
+}
+
+/* Begin to read the samples of a batch. */
+void fastproj_prefetch(const Batch *batch) {
+    for (int64_t slot = 0; slot < batch->batch; slot++) {
+        int64_t position = batch->positions[slot];
+        advise(batch->data + batch->pointer[position], batch->length[position], MADV_WILLNEED);
+    }
 }
 
 /* Takes slots until none is left. Returns -1, or the slot that failed, and why in `error`. */

@@ -95,9 +95,18 @@ class Fill:
                 f"run data_prep/write_ffcv.py --verify {self.beton.path}, then write it again"
             )
 
+    def prefetch(self) -> None:
+        """Begin to read the samples from the disk; returns at once."""
+        self._library.fastproj_prefetch(ctypes.byref(self._batch))
+
     def stop(self) -> None:
         """Let nobody take another sample."""
         self._batch.next = len(self.positions)
+
+
+def read_at_random(beton: Beton) -> None:
+    """Tell the kernel that samples will be read in no order: nothing around them is wanted."""
+    library().fastproj_read_at_random(beton.data.ctypes.data, len(beton.data))
 
 
 @cache
@@ -110,4 +119,6 @@ def library() -> ctypes.CDLL:
         raise InputError(f"native.c is not built for here ({error}): run ./setup.sh") from error
     loaded.fastproj_fill.argtypes = [ctypes.POINTER(_Batch), ctypes.c_char_p]
     loaded.fastproj_fill.restype = ctypes.c_int64
+    loaded.fastproj_prefetch.argtypes = [ctypes.POINTER(_Batch)]
+    loaded.fastproj_read_at_random.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return loaded

@@ -8,6 +8,10 @@ Where a GPU crops, the threads only decode, into pinned memory, and the copy and
 stream of their own beside the step. On a CPU the thread that decoded an image also crops it, while
 it is still in the cache.
 
+Of large samples in a drawn order the kernel is told which come next, and to read nothing around
+them: of 2,048 photographs in a file of 460 MB that was in no cache, it read 87 MB for their 78, and
+445 MB without being told (read-ahead of 8 MB; n 6), and the first batch came after 0.07 s, not 0.3.
+
 Of a JPEG, the rows and columns that no view needs are not decoded: two crops of 8 to 100 % leave
 out 38 % of the pixels, and it takes a sixth less time. Decoding at half the size, where all boxes
 are shrunk to less, is left alone as it computes something else: 1.1/255 from the contract's pixels
@@ -25,11 +29,12 @@ import torch
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.boxes import Center, Crop
 from fastproj.loaders.crop import batch_like, crop_batch
-from fastproj.loaders.native import Fill, library
+from fastproj.loaders.native import Fill, library, read_at_random
 from fastproj.loaders.order import Order
 from fastproj.manifest import Beton
 
 AHEAD = 2  # batches under way beside the one the caller holds
+PREFETCHED = 16 << 10  # bytes a sample on average, from which each is asked for by itself
 
 
 class StreamLoader(Loader):
@@ -46,6 +51,10 @@ class StreamLoader(Loader):
         super().__init__(beton, groups, order, device)
         self.workers = workers
         library()  # complain now where it is missing
+        # Smaller samples share their pages: there what lies around them is wanted as well.
+        self._prefetch = order.shuffle and beton.length.mean() >= PREFETCHED
+        if self._prefetch:
+            read_at_random(beton)
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -86,6 +95,8 @@ class StreamLoader(Loader):
                 for group in self.groups
             ]
         pending.fill = Fill(self.beton, positions, pending.boxes, pending.crops, pending.images)
+        if self._prefetch:
+            pending.fill.prefetch()
         pending.jobs = [pool.submit(pending.fill.run) for _ in range(self.workers)]
         return pending
 

@@ -1,0 +1,144 @@
+"""docs/scaling.md: its tables follow from its formulas, and its Slurm script starts a run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from betons import digit_like, write
+from torch import nn
+
+from data_prep.encode import Store
+from fastproj import journal
+from fastproj.build import build_learner
+from fastproj.settings import RUN, load
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+
+JPEG, SQUARE, PADDED = 37.5e3, 3 * 160**2, 3 * 400**2  # bytes an image
+DECODE = 1000  # images/s a core
+SETS = {"CIFAR-10": 50_000, "STL-10": 100_000, "ImageNet-100": 126_689, "ImageNet-1k": 1_281_167}
+LINKS = {  # bytes/s through the ring's slowest place, seconds a hop
+    "NVLink, 450 GB/s": (450e9, 3e-6),
+    "PCIe 4.0, 25 GB/s": (25e9, 5e-6),
+    "8 × 400 Gb/s a node": (400e9, 5e-6),
+    "400 Gb/s a node": (50e9, 5e-6),
+    "100 Gb/s Ethernet a node": (12.5e9, 20e-6),
+}
+
+
+def line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def reading() -> Iterator[str]:
+    for rate in (1000, 5000, 10_000, 20_000):
+        stored = [f"{gpus * rate * JPEG / 1e9:.2f}" for gpus in (1, 8)]
+        cores = [f"{gpus * rate / DECODE:.0f}" for gpus in (1, 8)]
+        yield line(f"{rate:,}", *stored, *cores, f"{rate * PADDED / 1e9:.1f}")
+
+
+def stores() -> Iterator[str]:
+    for name in ("ImageNet-100", "ImageNet-1k"):
+        images = SETS[name]
+        yield line(name, f"{images:,}", *(f"{images * b / 1e9:.1f} GB" for b in (JPEG, SQUARE)))
+
+
+def cached() -> Iterator[str]:
+    for nodes in (1, 2, 8):
+        shares = (f"{1 - (1 - 1 / nodes) ** epochs:.0%}" for epochs in (1, 2, 5, 10, 20))
+        yield line(nodes, *(share.replace("%", " %") for share in shares))
+
+
+def resident() -> Iterator[str]:
+    share = load(RUN, ["--data.train", "x"], "test", "").data.memory_share
+    for side in (32, 96, 160, 224):
+        fit = (f"{share * memory * 1e9 / (3 * side**2) / 1e3:,.0f}" for memory in (24, 40, 80, 141))
+        yield line(side, f"{3 * side**2:,}", *fit)
+    for name, side in (
+        ("CIFAR-10", 32), ("STL-10", 96), ("ImageNet-100", 160), ("ImageNet-100", 224),
+        ("ImageNet-1k", 96), ("ImageNet-1k", 160), ("ImageNet-1k", 224),
+    ):  # fmt: skip
+        size = SETS[name] * 3 * side**2 / 1e9
+        fits = ("yes" if size <= share * memory else "no" for memory in (24, 40, 80, 141))
+        yield line(f"{name} at {side}", f"{size:.1f} GB", *fits)
+
+
+def network() -> Iterator[str]:
+    for encoder in ("resnet18", "resnet50"):
+        recipe = ["--cfg", str(ROOT / "rcfg" / "in100.yaml"), "--model.encoder", encoder]
+        learner = build_learner(load(RUN, recipe, "test", ""), 100)
+        norms = [m.num_features for m in learner.modules() if isinstance(m, nn.BatchNorm2d)]
+        weights = 4 * sum(p.numel() for p in learner.parameters())
+        for world, batch, links in ((8, 1024, list(LINKS)[:2]), (64, 4096, list(LINKS)[2:])):
+            others, buckets = world - 1, ceil(weights / (25 * 2**20))
+            rows = 2 * batch * 512 * 4
+            moved = [3 * rows / world, 2 * weights / world, 24 * sum(norms)]  # times W - 1
+            hops = [3, 2 * buckets, 3 * len(norms)]  # times W - 1
+            name = f"{encoder.replace('resnet', 'ResNet-')}, {world} GPUs, batch {batch:,}"
+            yield line(name, "bytes", *(f"{others * b / 1e6:.1f} MB" for b in moved))
+            for link in links:
+                speed, hop = LINKS[link]
+                times = [others * (b / speed + h * hop) for b, h in zip(moved, hops, strict=True)]
+                yield line("", link, *(f"{1e3 * t:.1f} ms" for t in times))
+
+
+TABLES = [row for table in (reading, stores, cached, resident, network) for row in table()]
+
+
+@pytest.mark.parametrize("row", TABLES)
+def test_a_table_has_what_its_formula_gives(row: str) -> None:
+    assert f"\n{row}\n" in PAGE
+
+
+def test_the_decoding_rate_is_near_the_measured_one() -> None:
+    bench = json.loads((ROOT / "docs" / "bench-cpu.json").read_text("utf-8"))
+    rate = next(r for r in bench["rows"] if r["engine"] == "limit: decode alone")
+    assert rate["images_per_second"] / bench["threads"] == pytest.approx(DECODE, rel=0.2)
+
+
+def test_the_commands_make_batches_that_divide() -> None:
+    for gpus, batch in ((1, 256), (8, 1024), (64, 4096)):
+        assert batch % gpus == 0
+        assert SETS["ImageNet-100"] // batch == {1: 494, 8: 123, 64: 30}[gpus]
+
+
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_makes_one_run_of_two_nodes(tmp_path: Path) -> None:
+    """Both nodes are this machine: in place of ``srun`` a script that starts torchrun twice."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    beton = write(digit_like(np.random.default_rng(0), 80, 12, 4), tmp_path, Store("raw"))
+    slurm = {"JOB_ID": os.getpid(), "JOB_NODELIST": "here", "NNODES": 2, "CPUS_ON_NODE": 2,
+             "GPUS_ON_NODE": 1}  # fmt: skip
+    given = {"data.train": beton.path, "run.dir": tmp_path, "run.name": "r", "run.device": "cpu",
+             "model.encoder": "resnet_small", "views.size": 8, "projector.hidden": 32,
+             "optim.batch_size": 16, "optim.epochs": 2, "optim.warmup_epochs": 0.5,
+             "train.log_every": 1}  # fmt: skip
+    done = subprocess.run(
+        ["bash", "docs/train.slurm", *(f"--{name}={value}" for name, value in given.items())],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+           "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    events = journal.read(tmp_path / "r" / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 11))
+    assert "workers: 2" in (tmp_path / "r" / "config.yaml").read_text()
