@@ -260,14 +260,14 @@ def test_a_start_that_lacks_its_engine(photos: Beton, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow  # a process a point
 def test_growth_has_a_point_for_each_place(photos: Beton, small: Beton) -> None:
-    rows = growth.run(plan(photos, small), 64, workers=(1,), pixels=(16, 24), batches=(8, 16),
+    rows = growth.run(plan(photos, small), 64, workers=(1,), pixels=(16,), batches=(8,),
                       latents=(200,), photo=32, small=16)  # fmt: skip
     points: dict[str, list[str]] = {}
     for row in rows:
         assert row.rate and row.peak_bytes and row.peak_bytes > 0
         points.setdefault(row.case.partition(":")[0], []).append(row.engine)
     assert points == {
-        "workers": ["1"], "pixels": ["16", "24"], "batch": ["8", "16"], "latents": ["200"],
+        "workers": ["1"], "pixels": ["16"], "batch": ["8"], "latents": ["200"],
         "epochs": ["1", "2", "3"] * 2,
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ matplotlib.rcParams.update(
 )
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import NullFormatter  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 COLOURS = {"ours": "#2b6cb0", "peer": "#b0b0b0", "limit": "#e0a030"}
 TITLE = 48  # characters a line
@@ -55,7 +55,7 @@ def _compare(axes: Axes, stage: str, case: str, rows: Rows) -> None:
     axes.set_yticks(range(len(rows)), [row["engine"] for row in reversed(rows)])
     axes.set_ylim(-0.5, len(rows))
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())  # every point has its number beside it
+    axes.xaxis.set_minor_locator(NullLocator())  # every point has its number beside it
     axes.margins(x=0.15)
     axes.grid(axis="x", lw=0.3)
     axes.set_title(fill(f"{stage}: {case}", TITLE), loc="left")

@@ -40,7 +40,7 @@ def run(plan: Plan, size: int = 224, batch: int = 64, repeats: int = 3) -> list[
         engines.append(Engine(name, role, 1, _process(module, given, imports[name])))
     case = f"first batch of {batch}, {size} px, {plan.photos.manifest.store} store"
     return [
-        replace(row, note=f"Python and imports before it: {median(imports[row.engine]):.1f} s")
+        replace(row, note=f"Python and imports before it: {median(imports[row.engine][1:]):.1f} s")
         if row.rate
         else row
         for row in compare("start", case, "starts", engines, 1, min(plan.repeats, repeats))
