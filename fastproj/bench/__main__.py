@@ -29,7 +29,7 @@ from fastproj.bench.picture import draw
 from fastproj.device import choose_device
 from fastproj.errors import SettingError, run_command
 from fastproj.journal import environment
-from fastproj.machine import cores
+from fastproj.machine import cores, keep_freed_memory
 from fastproj.manifest import open_beton
 from fastproj.settings import BENCH, Settings, load
 
@@ -54,6 +54,8 @@ def bench(stage: str, settings: Settings) -> dict[str, Any]:
     given = settings.bench
     betons = {name: getattr(given, name) and open_beton(getattr(given, name)) for name in SETS}
     device = choose_device(given.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as fastproj.train does; for the peers as well
     plan = Plan(**betons, device=device, workers=min(given.workers or cores(), cores()),
                 repeats=given.repeats)  # fmt: skip
     missing = [name for name in SETS if betons[name] is None]

@@ -10,7 +10,6 @@ from fastproj import dist
 from fastproj.bench import Engine, Plan, Row, compare
 from fastproj.loaders import open_loader
 from fastproj.loaders.resident import is_uniform
-from fastproj.machine import keep_freed_memory
 from fastproj.settings import RUN, load
 from fastproj.trainer import Trainer
 
@@ -32,8 +31,6 @@ def run(
              "model.encoder": encoder, "optim.batch_size": batch,
              "run.device": plan.device.type}  # fmt: skip
     settings = load(RUN, [f"--{name}={value}" for name, value in given.items()], "bench", "")
-    if plan.device.type == "cpu":
-        keep_freed_memory()  # as fastproj.train does
     trainer = Trainer(settings, dist.Rank(0, 1, 0), plan.device)
     waits: dict[str, list[float]] = {}
     engines = [
