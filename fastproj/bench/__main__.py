@@ -61,10 +61,10 @@ def bench(stage: str, settings: Settings) -> dict[str, Any]:
     missing = [name for name in SETS if betons[name] is None]
     if missing:
         print(f"not measured: what needs {', '.join(missing)} (give --bench.NAME BETON)")
-    rows = [row for name, run in STAGES.items() if stage in (name, "all") for row in run(plan)]
     told = environment()
     del told["command"]  # it names this machine's files; the settings say the rest
     told["packages"] |= {name: _version(package) for name, package in PEERS.items()}
+    rows = [row for name, run in STAGES.items() if stage in (name, "all") for row in run(plan)]
     return {
         "stage": stage,
         "time": time.time(),
