@@ -182,6 +182,7 @@ def test_every_loader_is_measured_on_the_same_images(photos: Beton, small: Beton
 @pytest.mark.parametrize("make", [peers.torchvision_views, peers.pillow_views])
 def test_torchvisions_chain_gives_normalised_floats(make: Any, photos: Beton) -> None:
     decoded = peers.pillow(np.array(photos.stored(0)))
+    torch.manual_seed(0)  # a view that is brightened much has no pixel below the mean
     view = make(chain.SIMCLR[0], 32)(decoded)
     assert view.shape == (3, 32, 32) and view.dtype == torch.float32 and view.min() < 0
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ PEERS = {"dali": "nvidia-dali-cuda120", "spdl": "spdl", "kornia": "kornia", "lig
          "simplejpeg": "simplejpeg", "scikit-learn": "scikit-learn"}  # fmt: skip
 
 
-def bench(stage: str, settings: Settings) -> dict[str, Any]:
-    """Measure a stage, or ``all``; what the JSON file holds, with no path of this machine in it."""
+def bench(stage: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure a stage, or ``all``: after each, what the JSON file holds by then.
+
+    No path of this machine is in it.
+    """
     given = settings.bench
     betons = {name: getattr(given, name) and open_beton(getattr(given, name)) for name in SETS}
     device = choose_device(given.device)
@@ -64,8 +67,7 @@ def bench(stage: str, settings: Settings) -> dict[str, Any]:
     told = environment()
     del told["command"]  # it names this machine's files; the settings say the rest
     told["packages"] |= {name: _version(package) for name, package in PEERS.items()}
-    rows = [row for name, run in STAGES.items() if stage in (name, "all") for row in run(plan)]
-    return {
+    result: dict[str, Any] = {
         "stage": stage,
         "time": time.time(),
         "threads": torch.get_num_threads(),
@@ -76,8 +78,12 @@ def bench(stage: str, settings: Settings) -> dict[str, Any]:
             "repeats": plan.repeats,
             **{name: beton and describe(beton) for name, beton in betons.items()},
         },
-        "rows": [asdict(row) for row in rows],
+        "rows": [],
     }
+    for name, run in STAGES.items():
+        if stage in (name, "all"):
+            result["rows"] += [asdict(row) for row in run(plan)]
+            yield result
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -127,11 +133,11 @@ def main(argv: Sequence[str]) -> None:
     settings = load(
         BENCH, rest, f"python -m fastproj.bench {'|'.join(names)}", "Rates of each stage."
     )
-    result = bench(stage, settings)
-    print(table(result["rows"]))
     out = Path(settings.bench.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for result in bench(stage, settings):
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result["rows"]))
     draw(result["rows"], out.with_suffix(".svg"))
     print(f"written: {out} and {out.with_suffix('.svg')}", file=sys.stderr)
 
