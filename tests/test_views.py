@@ -241,7 +241,7 @@ def test_a_large_batch_is_done_in_equal_parts(n, monkeypatch):
     params = Params(*(p[:n] for p in views.sample(17, torch.Generator().manual_seed(14))))
     whole = views(crops, params)
     pixels, shapes = views._pixels, []
-    monkeypatch.setattr("fastproj.views.PIXELS_AT_ONCE", n * 16 * 16 // 2)
+    monkeypatch.setattr("fastproj.views.PIXELS_A_CORE", n * 16 * 16 // 2 / torch.get_num_threads())
     monkeypatch.setattr(views, "_pixels", lambda *a: (shapes.append(a[0].shape), pixels(*a))[1])
     torch.testing.assert_close(views(crops, params), whole, atol=1e-5, rtol=0)
     assert shapes == [(17, 3, 16, 16)] * 2  # one graph serves both; 33 samples overlap by one
