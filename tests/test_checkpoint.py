@@ -91,6 +91,7 @@ def test_latest_of_nothing(tmp_path):
 
 
 def save_for_ever(folder: Path) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads, if there were any, did not survive the fork
     for step in range(10**6):
         checkpoint.save(checkpoint.step_path(folder, step), state(step, 20_000), keep=2)
 
@@ -122,6 +123,7 @@ def test_kill_leaves_only_whole_checkpoints(tmp_path):
 
 def save_with_room_for(size: int, folder: Path, message: Path) -> None:
     """A file may grow to ``size`` bytes and no further: what a full disk does to one."""
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
         checkpoint.save(checkpoint.step_path(folder, 2), state(2, 20_000), keep=1)
