@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastproj import sparse
 from fastproj.bench import heads
+from fastproj.bench.alone import alone
 from fastproj.errors import SettingError
 from fastproj.sparse import Sparse, count
 
@@ -285,15 +286,6 @@ def test_nothing_as_large_as_an_activation_is_kept_for_the_backward_pass(k):
     assert saved and max(saved) < 1000 * 2000
 
 
-@pytest.mark.slow  # two processes import torch
-def test_heads_are_measured_alike():
-    rows = heads.run(repeats=2, rows=8, features=6, latents=64, out=6, k=2)
-    assert [row["engine"] for row in rows] == list(heads.HEADS)
-    for row in rows:
-        assert 0 < row["min"] <= row["images_per_second"] <= row["max"]
-        assert row["seconds"] > 0 and row["peak_bytes"] >= 0 and "6 -> 64 -> 6" in row["note"]
-
-
 def test_the_plain_head_of_the_benchmark_is_the_same_function():
     head = layer(6, 90, 6, 5)
     other = heads.Plain(6, 90, 6, 5).double()
@@ -311,11 +303,14 @@ def test_the_plain_head_of_the_benchmark_is_the_same_function():
 @pytest.mark.parametrize("k, most", [(200, 1.5), (4000, 2.5)])
 def test_two_activations_at_once_at_most(k, most):
     """Beside an activation of 120 MB the weights are nothing; plain autograd holds four."""
-    ours, plain = heads.run(
-        warmup=0, repeats=2, rows=1500, features=8, latents=20_000, out=8, k=k
+    ours, plain = (
+        alone(
+            heads.measured, name=name, rows=1500, sizes=[8, 20_000, 8, k], device="cpu", repeats=1
+        )["peak_bytes"]
+        for name in heads.HEADS
     )
     activation = 1500 * 20_000 * 4
-    assert 0.9 * activation < ours["peak_bytes"] < most * activation < plain["peak_bytes"]
+    assert 0.9 * activation < ours < most * activation < plain
 
 
 @pytest.mark.gpu
