@@ -112,9 +112,9 @@ def native() -> str:
         fill = loaders.Fill(
             beton, np.array([0]), [np.array([[[4, 4, 8, 8]]])], [crops.permute(0, 1, 4, 2, 3)]
         )
+        fill.run()
     except InputError as error:
         raise Missing(str(error), SET_UP_AFRESH) from error
-    fill.run()
     if abs(crops.numpy().astype(int) - image[:8, :8]).max() > 4:
         raise Missing("it decodes or crops wrongly", SET_UP_AFRESH)
     return "decodes and crops"

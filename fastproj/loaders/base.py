@@ -37,12 +37,22 @@ class Loader(ABC):
     """
 
     def __init__(
-        self, beton: Beton, groups: Sequence[Crop | Center], order: Order, device: torch.device
+        self,
+        beton: Beton,
+        groups: Sequence[Crop | Center],
+        order: Order,
+        device: torch.device,
+        workers: int,
     ) -> None:
         self.beton, self.groups, self.order, self.device = beton, tuple(groups), order, device
+        self.workers = workers
         self.cursor = (0, 0)
         self._running: Generator[Batch, None, None] | None = None
         self.reason = ""  # why open_loader chose this engine, in one line
+        self._open()
+
+    def _open(self) -> None:  # noqa: B027  # not abstract: some engines need nothing
+        """What an engine needs before its first batch. Raises InputError where it is not there."""
 
     def __len__(self) -> int:
         return self.order.steps

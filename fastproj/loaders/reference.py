@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
-from fastproj.loaders.order import Order
 from fastproj.manifest import RAW, Beton
 
 Sample = tuple[list[Tensor], int, int]
@@ -24,17 +23,6 @@ Sample = tuple[list[Tensor], int, int]
 
 class ReferenceLoader(Loader):
     """``workers`` processes."""
-
-    def __init__(
-        self,
-        beton: Beton,
-        groups: Sequence[Crop | Center],
-        order: Order,
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        super().__init__(beton, groups, order, device)
-        self.workers = workers
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         keys = []

@@ -4,7 +4,7 @@ For sets of one image size stored raw: CIFAR, STL-10, digits, and the square sto
 photographs (ImageNet-100 at 160 px: 9.7 GB).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,10 +13,8 @@ from tqdm import tqdm
 
 from fastproj.errors import InputError
 from fastproj.loaders.base import Batch, Loader, to_device
-from fastproj.loaders.boxes import Center, Crop
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.native import Fill
-from fastproj.loaders.order import Order
 from fastproj.manifest import RAW, Beton
 
 CHUNK = 4096  # images a copy to the device: large enough to be fast, small beside the set
@@ -34,25 +32,17 @@ def is_uniform(beton: Beton) -> bool:
 class ResidentLoader(Loader):
     """``workers`` threads read the set. Raises InputError for JPEGs or images of several sizes."""
 
-    def __init__(
-        self,
-        beton: Beton,
-        groups: Sequence[Crop | Center],
-        order: Order,
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        super().__init__(beton, groups, order, device)
-        if not is_uniform(beton):
+    def _open(self) -> None:
+        if not is_uniform(self.beton):
             raise InputError(
-                f"{beton.path} holds JPEGs or images of several sizes, which cannot be resident: "
-                "use --data.engine stream, or write it with --data.store square"
+                f"{self.beton.path} holds JPEGs or images of several sizes, which cannot be "
+                "resident: use --data.engine stream, or write it with --data.store square"
             )
-        self._load(workers)
-        self.labels = torch.from_numpy(beton.label).to(device)
-        self.index = torch.from_numpy(beton.index).to(device)
+        self._load()
+        self.labels = torch.from_numpy(self.beton.label).to(self.device)
+        self.index = torch.from_numpy(self.beton.index).to(self.device)
 
-    def _load(self, workers: int) -> None:
+    def _load(self) -> None:
         """The whole set to the device, planar; a bar on a terminal."""
         height, width = int(self.beton.height[0]), int(self.beton.width[0])
         samples, gpu = len(self.beton), self.device.type == "cuda"
@@ -61,7 +51,7 @@ class ResidentLoader(Loader):
         )
         hidden = None if self.order.rank == 0 else True  # None: where there is no terminal
         with (
-            ThreadPoolExecutor(workers, "fastproj-resident") as pool,
+            ThreadPoolExecutor(self.workers, "fastproj-resident") as pool,
             tqdm(total=samples, unit="image", desc="resident", disable=hidden, leave=False) as bar,
         ):
             for start in range(0, samples, CHUNK):
@@ -69,7 +59,7 @@ class ResidentLoader(Loader):
                 shape = (len(positions), height, width, 3)
                 host = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
                 fill = Fill(self.beton, positions, [], padded=host)
-                for job in [pool.submit(fill.run) for _ in range(workers)]:
+                for job in [pool.submit(fill.run) for _ in range(self.workers)]:
                     job.result()
                 # Turned on the device; the next chunk is read while this one is copied.
                 images = host.to(self.device, non_blocking=True).movedim(-1, 1)
