@@ -8,7 +8,8 @@ FROM debian:bookworm-slim
 WORKDIR /fastproj
 # The set-up alone first: a change of the code then leaves this layer, and its 7 GB, as they are.
 COPY setup.sh pyproject.toml constraints.txt ./
-COPY fastproj/loaders/native.c fastproj/loaders/
+COPY fastproj/augment.c fastproj/
+COPY fastproj/loaders/fill.c fastproj/loaders/
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates make \
     && ./setup.sh dali dev \
     && rm -rf /var/lib/apt/lists/* /root/.cache

@@ -61,8 +61,8 @@ install_packages() {
 # Tells one tested state of .venv from another: our own files, Python, and what pip has installed.
 state() {
     {
-        cat pyproject.toml constraints.txt setup.sh fastproj/loaders/native.c
-        ls fastproj/loaders/_native.so
+        cat pyproject.toml constraints.txt setup.sh fastproj/loaders/fill.c fastproj/augment.c
+        ls fastproj/_native.so
         .venv/bin/python -c 'import sys; print(sys.version, sys.prefix)'
         ls -d .venv/lib/python3*/site-packages/*.dist-info
     } 2>/dev/null | sha256sum | cut -d' ' -f1
@@ -126,7 +126,8 @@ requirements $extras >.venv/requirements.txt
     --constraint constraints.txt --requirement .venv/requirements.txt
 install_ffcv
 # For any processor of this kind: the faster instructions are chosen when it runs.
-g++ -x c -O3 -shared -fPIC fastproj/loaders/native.c -o fastproj/loaders/_native.so -ljpeg -lm
+gcc -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -shared -fPIC \
+    fastproj/loaders/fill.c fastproj/augment.c -o fastproj/_native.so -ljpeg -lm
 # What an editable install would do, without a build: Python finds fastproj in this checkout.
 pwd >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastproj.pth"
 echo "$(state) $extras" >.venv/set-up

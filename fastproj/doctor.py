@@ -97,7 +97,7 @@ def _try_ffcv() -> str:
 
 def native() -> str:
     """Decode a JPEG of one colour and crop it."""
-    np, torch, loaders = _load("numpy"), _load("torch"), _load("fastproj.loaders.native")
+    np, torch, loaders = _load("numpy"), _load("torch"), _load("fastproj.loaders.fill")
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     stored = _jpeg(image)
     beton = SimpleNamespace(

@@ -105,7 +105,7 @@ class Trainer:
             # A batch's shape is fixed but for crops that grow.
             self.learner.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
             for views in self.views:
-                views.compile()
+                views.compile()  # for a GPU: a CPU has augment
         if self.rank.world == 1:
             return self.learner
         ids = [self.rank.local] if self.device.type == "cuda" else None

@@ -1,27 +1,24 @@
 """Views: uint8 crops become the augmented, normalised floats that an encoder sees.
 
-``Views.sample`` draws every parameter of every sample, calling the module applies them. One
-vectorised chain serves all views at once: no loop over samples, no branch on data, no host sync,
-so the same code runs on CPU and GPU, eager and compiled. The operations and their order are
-torchvision's (flip, colour jitter in a drawn order, gray, Gaussian blur, solarise, normalise),
-computed in float32 without rounding to uint8 in between.
+``Views.sample`` draws every parameter of every sample, calling the module applies them. The
+operations and their order are torchvision's (flip, colour jitter in a drawn order, gray, Gaussian
+blur, solarise, normalise), computed in float32 without rounding to uint8 in between. On a CPU
+``augment`` does so sample by sample. Elsewhere one vectorised chain serves all views at once: no
+loop over samples, no branch on data, no host sync, eager or compiled.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastproj.augment import Params, augment
 from fastproj.errors import InputError
 
 Planes = tuple[Tensor, Tensor, Tensor]
-# How much a core augments at once: little enough for its caches, and for the allocator to keep the
-# memory. For 64 images of 224 pixels on one core, parts alone took 1.5 s instead of 2.8 eager, 183
-# ms instead of 234 compiled; on four, parts five times as large 32 ms instead of 41 (least of 25).
-PIXELS_A_CORE = 8 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,6 @@ PRESETS: dict[str, tuple[View, View]] = {
 }
 
 
-class Params(NamedTuple):
-    """What is done to each of N = views x samples crops, view-major; (N,) unless said otherwise.
-
-    An operation that was not drawn has its neutral value: factor 1, shift 0, sigma 0.
-    """
-
-    flip: Tensor  # bool
-    place: Tensor  # int64 (N, 4): when brightness, contrast, saturation, hue happen, 0 first
-    brightness: Tensor  # float32 factor
-    contrast: Tensor  # float32 factor
-    saturation: Tensor  # float32 factor
-    hue: Tensor  # float32 shift in turns, -0.5 to 0.5
-    gray: Tensor  # bool
-    sigma: Tensor  # float32, pixels
-    solarise: Tensor  # bool
-
-
 class Views(nn.Module):
     """The augmentation of all views of a batch.
 
@@ -137,16 +117,11 @@ class Views(nn.Module):
         self._plan, self._pixels = _plan, _pixels
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile what is done per sample, and what is done per pixel. Nothing is dynamic.
+        """Compile the chain: what is done per sample, and what is done per pixel.
 
-        Measured on a CPU: fused into one graph, what is done per sample would be repeated for
-        each pixel, the colours would be read from channels-last memory without vector instructions
-        (1.7 times slower), and the flip and the last copy would be over 3 times slower.
-        Multiplying and adding in one instruction takes a fifth off the jitter, a tenth off the
-        blur.
+        In one graph, what is done per sample would be repeated for each pixel.
         """
-        fuse = {"cpp.enable_floating_point_contract_flag": "fast"}
-        options = {"dynamic": False, "fullgraph": True, "options": fuse, **options}
+        options = {"dynamic": False, "fullgraph": True, **options}
         self._plan = torch.compile(_plan, *args, **options)
         self._pixels = torch.compile(_pixels, *args, **options)
 
@@ -182,36 +157,25 @@ class Views(nn.Module):
                 f"views: crops of {h} x {w} pixels are too small for a blur that reaches "
                 f"{self.reach}; lower sigma or set blur to 0"
             )
+        if crops.device.type == "cpu":
+            return augment(crops, params, self.reach, self.scale, self.shift).to(self.dtype)
+        return self.chain(crops, params)
+
+    def chain(self, crops: Tensor, params: Params) -> Tensor:
+        """The same, of all samples at once, on any device; compiled after ``compile``."""
         to_contrast, whole, taps = self._plan(params, self.reach)
-        gray, solarise = _spread(params.gray), _spread(params.solarise)
-        out = torch.empty_like(crops, dtype=self.dtype, memory_format=torch.channels_last)
-        for part in _parts(crops):
-            out[part] = self._pixels(
-                _flip(crops[part], params.flip[part]),
-                to_contrast.of(part),
-                whole.of(part),
-                gray[part],
-                taps[part],
-                solarise[part],
-                self.scale,
-                self.shift,
-                self.dtype,
-            )
-        return out
-
-
-def _parts(crops: Tensor) -> Iterator[slice]:
-    """Parts of one size, so that one graph serves all; the last may overlap the one before it.
-
-    A GPU takes all samples at once.
-    """
-    n, _, h, w = crops.shape
-    at_once = PIXELS_A_CORE * torch.get_num_threads()
-    count = math.ceil(n * h * w / at_once) if crops.device.type == "cpu" else 1
-    size = math.ceil(n / max(1, count))
-    for start in range(0, n, max(1, size)):
-        start = min(start, n - size)
-        yield slice(start, start + size)
+        return self._pixels(
+            crops,
+            _spread(params.flip),
+            to_contrast,
+            whole,
+            _spread(params.gray),
+            taps,
+            _spread(params.solarise),
+            self.scale,
+            self.shift,
+            self.dtype,
+        )
 
 
 class _Jitter(NamedTuple):
@@ -223,9 +187,6 @@ class _Jitter(NamedTuple):
     before: Tensor
     hue: Tensor
     after: Tensor
-
-    def of(self, part: slice) -> "_Jitter":
-        return _Jitter(*(x[part] for x in self))
 
 
 def _plan(params: Params, reach: int) -> tuple[_Jitter, _Jitter, Tensor]:
@@ -269,16 +230,9 @@ def _gaussian(sigma: Tensor, reach: int) -> Tensor:
     return torch.softmax(-(offset**2) / (2 * sigma[:, None] ** 2).clamp_min(1e-6), dim=1)
 
 
-def _flip(crops: Tensor, flip: Tensor) -> Tensor:
-    """Planar uint8 crops, mirrored left to right where ``flip`` (N,)."""
-    crops = crops.contiguous()
-    # Bits: torch.where takes a broadcast condition byte by byte: 2 to 5 times slower on a CPU.
-    everywhere = flip.to(torch.uint8)[:, None, None, None] * 255
-    return crops ^ ((crops ^ crops.flip(3)) & everywhere)
-
-
 def _pixels(
     crops: Tensor,
+    flip: Tensor,
     to_contrast: _Jitter,
     whole: _Jitter,
     gray: Tensor,
@@ -288,8 +242,10 @@ def _pixels(
     shift: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """All that is done per pixel: planar uint8 (N, 3, h, w) to planar ``dtype``."""
-    red, green, blue = (plane.float() * (1 / 255) for plane in crops.unbind(1))
+    """All that is done per pixel: uint8 (N, 3, h, w) to channels-last ``dtype``."""
+    red, green, blue = (
+        torch.where(flip, plane.flip(2), plane).float() * (1 / 255) for plane in crops.unbind(1)
+    )
     planes: Planes = (red, green, blue)
     # Up to contrast there are two blends at most: a third place is never used on either side.
     early = _jitter(planes, to_contrast, (0, 1), (1, 2), None)
@@ -300,7 +256,8 @@ def _pixels(
     for axis in (2, 3):
         image = _blur(image, taps, axis)
     image = torch.where((image >= 0.5) & solarise[:, None], 1 - image, image)
-    return (image * scale[:, None, None] + shift[:, None, None]).to(dtype)
+    image = image * scale[:, None, None] + shift[:, None, None]
+    return image.to(dtype, memory_format=torch.channels_last)
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -335,7 +292,7 @@ def _blend(planes: Planes, blend: Tensor, mean: Tensor | None) -> Planes:
     rest = _spread(of_luma) * _luma(planes)
     if mean is not None:
         rest = rest + _spread(of_mean * mean)
-    red, green, blue = (_clamp(torch.addcmul(rest, _spread(factor), plane)) for plane in planes)
+    red, green, blue = ((rest + _spread(factor) * plane).clamp(0, 1) for plane in planes)
     return red, green, blue
 
 
@@ -345,8 +302,8 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
     With h in sixths of a turn, each channel is min + (max - min) x a trapezium in h.
     """
     red, green, blue = planes
-    high = _larger(_larger(red, green), blue)
-    low = -_larger(_larger(-red, -green), -blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     inverse = 1 / chroma.clamp_min(1e-12)  # gray pixels: 0 x 1e12, any hue will do
     hue = torch.where(
@@ -356,44 +313,27 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
     )
     hue = hue + _spread(6 * turns)
     hue = hue - 6 * torch.floor(hue * (1 / 6))
-    red = _clamp((hue - 3).abs() - 1)
-    green = _clamp(2 - (hue - 2).abs())
-    blue = _clamp(2 - (hue - 4).abs())
+    red = ((hue - 3).abs() - 1).clamp(0, 1)
+    green = (2 - (hue - 2).abs()).clamp(0, 1)
+    blue = (2 - (hue - 4).abs()).clamp(0, 1)
     return low + chroma * red, low + chroma * green, low + chroma * blue
-
-
-def _clamp(x: Tensor) -> Tensor:
-    """To 0 and 1. Compiled for a CPU, clamp would pass NaN on, with twice the instructions."""
-    return torch.relu(x) - torch.relu(x - 1) if torch.compiler.is_compiling() else x.clamp(0, 1)
-
-
-def _larger(x: Tensor, y: Tensor) -> Tensor:
-    """The maximum; compiled like ``_clamp``."""
-    return torch.where(x > y, x, y) if torch.compiler.is_compiling() else torch.maximum(x, y)
 
 
 def _blur(image: Tensor, taps: Tensor, axis: int) -> Tensor:
     """Correlate (N, 3, h, w) along ``axis`` with each sample's own taps, edges reflected.
 
-    A sum of shifted slices: measured 2.5 times faster than banded matrix products at 224 pixels
-    on a CPU (the same at 32), and 4 times faster than a grouped convolution. The kernel is
+    A sum of shifted slices: on a CPU, eager, 2.5 times faster than banded matrix products at 224
+    pixels (the same at 32), and 4 times faster than a grouped convolution. The kernel is
     symmetric: two slices share a tap.
     """
     size, reach = image.shape[axis], taps.shape[1] // 2
     if reach == 0:
         return image
-    if axis == 2:
-        # Compiled, rows are read in place: the blur along this axis takes 40 % less time. Columns
-        # would be read one by one, 6 times slower than with the copy.
-        place = torch.arange(-reach, size + reach, device=image.device).abs()
-        padded = image[:, :, size - 1 - (size - 1 - place).abs()]
-    else:
-        left = image.narrow(axis, 1, reach).flip(axis)
-        right = image.narrow(axis, size - 1 - reach, reach).flip(axis)
-        padded = torch.cat((left, image, right), dim=axis)
+    place = torch.arange(-reach, size + reach, device=image.device).abs()
+    padded = image.index_select(axis, size - 1 - (size - 1 - place).abs())
     tap = taps[:, :, None, None, None].unbind(1)
     blurred = tap[reach] * image
     for i in range(reach):
         pair = padded.narrow(axis, i, size) + padded.narrow(axis, 2 * reach - i, size)
-        blurred = torch.addcmul(blurred, tap[i], pair)
+        blurred = blurred + tap[i] * pair
     return blurred

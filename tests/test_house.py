@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms before it, never one behind it.
 ROOMS = [
-    *["errors", "machine", "device", "settings", "dist", "manifest", "loaders", "views"],
+    *["errors", "machine", "device", "settings", "dist", "native", "manifest", "loaders",
+      "augment", "views"],
     *["encoder", "norm", "sparse", "projector", "objective", "regulariser", "learner", "optim"],
     *["checkpoint", "journal", "diagnostics", "build", "trainer", "features", "probe", "data_prep"],
     *["train", "evaluate", "report", "export", "doctor", "bench", "demo"],

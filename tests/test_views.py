@@ -11,6 +11,8 @@ from fastproj.errors import InputError
 from fastproj.views import PRESETS, Params, View, Views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# A CPU's way, and the chain of other devices, which runs on a CPU as well.
+WAYS = {"augment": Views.forward, "chain": Views.chain}
 OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
@@ -65,6 +67,7 @@ def by_torchvision(crops, params, mean, std, taps=13):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -79,21 +82,23 @@ def by_torchvision(crops, params, mean, std, taps=13):
     ],
 )
 @pytest.mark.parametrize("size", [8, 16, 33])
-def test_each_operation_is_torchvisions(name, values, size):
+def test_each_operation_is_torchvisions(way, name, values, size):
     crops = images(4, size)
     params = neutral(4)._replace(**{name: torch.tensor(values)})
     expected = by_torchvision(crops, params, (0.0,) * 3, (1.0,) * 3)
-    torch.testing.assert_close(plain()(crops, params), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(way(plain(), crops, params), expected, atol=1e-5, rtol=0)
 
 
-def test_normalise_is_torchvisions():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_normalise_is_torchvisions(way):
     crops = images(4)
     expected = by_torchvision(crops, neutral(4), MEAN, STD)
-    out = Views((View(),), MEAN, STD)(crops, neutral(4))
+    out = way(Views((View(),), MEAN, STD), crops, neutral(4))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
-def test_every_order_of_the_jitter_is_torchvisions():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_order_of_the_jitter_is_torchvisions(way):
     orders = list(itertools.permutations(range(4)))
     crops = images(len(orders))
     generator = torch.Generator().manual_seed(1)
@@ -106,17 +111,18 @@ def test_every_order_of_the_jitter_is_torchvisions():
         hue=torch.linspace(-0.5, 0.5, len(orders)),
     )
     expected = by_torchvision(crops, params, (0.0,) * 3, (1.0,) * 3)
-    torch.testing.assert_close(plain()(crops, params), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(way(plain(), crops, params), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shape", [(16, 16), (24, 15)])
-def test_whole_chain_is_torchvisions(preset, shape):
+def test_whole_chain_is_torchvisions(way, preset, shape):
     n = 64
     views = Views(PRESETS[preset], MEAN, STD)
     crops = images(2 * n, 24)[:, :, : shape[0], : shape[1]]
     params = views.sample(n, torch.Generator().manual_seed(2))
-    out = views(crops, params)
+    out = way(views, crops, params)
     difference = (out - by_torchvision(crops, params, MEAN, STD)).abs()
     # Solarise jumps at 0.5 and hue where two channels tie: single pixels may differ, so the mean
     # is held tighter than the maximum.
@@ -124,18 +130,21 @@ def test_whole_chain_is_torchvisions(preset, shape):
     assert difference.mean() < 1e-6
 
 
-def test_output_layout_and_dtype():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_output_layout_and_dtype(way):
     for dtype in (torch.float32, torch.bfloat16):
-        out = Views((View(),), MEAN, STD, dtype)(images(4), neutral(4))
+        out = way(Views((View(),), MEAN, STD, dtype), images(4), neutral(4))
         assert out.dtype == dtype
         assert out.shape == (4, 3, 16, 16)
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_planar_input_gives_the_same():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_planar_input_gives_the_same(way):
     crops = images(4)
     params = neutral(4)._replace(hue=torch.full((4,), 0.2))
-    assert torch.equal(plain()(crops, params), plain()(crops.contiguous(), params))
+    planar = way(plain(), crops.contiguous(), params)
+    assert torch.equal(way(plain(), crops, params), planar)
 
 
 def test_frequencies_are_the_probabilities():
@@ -185,16 +194,18 @@ def test_factors_fill_their_ranges():
         assert abs(values.mean().item() - (low + high) / 2) < 0.01 * span, name
 
 
-def test_nothing_drawn_changes_nothing():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_nothing_drawn_changes_nothing(way):
     off = View(flip=0, jitter=0, gray=0, blur=0, solarise=0)
     views = Views((off, off), (0.0,) * 3, (1.0,) * 3)
     crops = images(8)
-    out = views(crops, views.sample(4, torch.Generator().manual_seed(6)))
+    out = way(views, crops, views.sample(4, torch.Generator().manual_seed(6)))
     assert torch.equal((out * 255).round().to(torch.uint8), crops)
     torch.testing.assert_close(out, crops.float() / 255, atol=1e-6, rtol=0)
 
 
-def test_view_major_and_asymmetric():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_view_major_and_asymmetric(way):
     first = View(flip=1, jitter=0, gray=0, blur=0, solarise=0)
     second = View(flip=0, jitter=0, gray=1, blur=0, solarise=1)
     views = Views((first, second), (0.0,) * 3, (1.0,) * 3)
@@ -202,7 +213,7 @@ def test_view_major_and_asymmetric():
     assert params.flip.tolist() == [True] * 5 + [False] * 5
     assert params.gray.tolist() == params.solarise.tolist() == [False] * 5 + [True] * 5
     crops = images(10)
-    out = views(crops, params)
+    out = way(views, crops, params)
     torch.testing.assert_close(out[:5], crops[:5].float().flip(3) / 255, atol=1e-6, rtol=0)
     assert torch.equal(out[5:, 0], out[5:, 2])
 
@@ -224,27 +235,15 @@ def test_same_seed_same_parameters():
     assert not torch.equal(one.brightness[:half], one.brightness[half:])  # views differ
 
 
-def test_a_sample_does_not_see_its_neighbours():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_sample_does_not_see_its_neighbours(way):
     views = Views(PRESETS["byol"], MEAN, STD)
     crops = images(12)
     params = views.sample(6, torch.Generator().manual_seed(11))
-    together = views(crops, params)
+    together = way(views, crops, params)
     for i in (0, 7):
-        alone = views(crops[i : i + 1], Params(*(p[i : i + 1] for p in params)))
+        alone = way(views, crops[i : i + 1], Params(*(p[i : i + 1] for p in params)))
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("n", [33, 34])
-def test_a_large_batch_is_done_in_equal_parts(n, monkeypatch):
-    views = Views(PRESETS["byol"], MEAN, STD)
-    crops = images(n)
-    params = Params(*(p[:n] for p in views.sample(17, torch.Generator().manual_seed(14))))
-    whole = views(crops, params)
-    pixels, shapes = views._pixels, []
-    monkeypatch.setattr("fastproj.views.PIXELS_A_CORE", n * 16 * 16 // 2 / torch.get_num_threads())
-    monkeypatch.setattr(views, "_pixels", lambda *a: (shapes.append(a[0].shape), pixels(*a))[1])
-    torch.testing.assert_close(views(crops, params), whole, atol=1e-5, rtol=0)
-    assert shapes == [(17, 3, 16, 16)] * 2  # one graph serves both; 33 samples overlap by one
 
 
 @pytest.mark.slow
@@ -259,7 +258,7 @@ def test_compiled_equals_eager_without_recompiling(dtype):
         for batch in range(3):
             crops = images(32, seed=batch)
             params = views.sample(16, generator)
-            eager, out = views(crops, params), compiled(crops, params)
+            eager, out = views.chain(crops, params), compiled.chain(crops, params)
             assert out.is_contiguous(memory_format=torch.channels_last)
             tolerance = 2e-4 if dtype == torch.float32 else 0.02
             torch.testing.assert_close(out, eager, atol=tolerance, rtol=0)

@@ -10,7 +10,7 @@ from fastproj.bench import Engine, Plan, Row, compare, limits
 from fastproj.bench.images import several_times
 from fastproj.loaders import Crop
 from fastproj.loaders.boxes import draw
-from fastproj.loaders.native import Fill
+from fastproj.loaders.fill import Fill
 from fastproj.loaders.order import Order
 from fastproj.loaders.stream import AHEAD
 from fastproj.manifest import Beton

@@ -1,4 +1,4 @@
-"""The augmentation of ready crops: our chain, eager and compiled, beside peers doing the same."""
+"""The augmentation of ready crops: our ways beside peers doing the same."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
-from fastproj.views import PRESETS, Views
+from fastproj.views import PRESETS, Params, Views
 
 SIMCLR = PRESETS["simclr"]
 # (pixels, images a batch, images of those who go one by one: fewer give the same rate)
@@ -26,10 +26,12 @@ def run(plan: Plan, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[Row]:
         crops = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         crops = crops.to(plan.device, memory_format=torch.channels_last)
         some = crops[: 2 * few]
+        ours = {"chain": Views.chain, "chain, compiled": Views.chain}
+        if plan.device.type == "cpu":
+            ours = {"augment": Views.forward, **ours}
         engines = [
-            Engine("eager", "ours", len(crops), _ours(crops, compiled=False)),
-            Engine("compiled", "ours", len(crops), _ours(crops, compiled=True),
-                   "compiled in the warm-up"),
+            *(Engine(name, "ours", len(crops), _ours(crops, way, name.endswith("compiled")))
+              for name, way in ours.items()),
             Engine("kornia", "peer", len(crops), _kornia(crops), "one jitter order a batch"),
             Engine("torchvision", "peer", len(some), _torchvision(some), "v2, one by one"),
             Engine("lightly", "peer", len(some), _lightly(some, size), "Pillow, one by one"),
@@ -40,13 +42,15 @@ def run(plan: Plan, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[Row]:
     return rows
 
 
-def _ours(crops: Tensor, compiled: bool) -> Callable[[], Callable[[], object]]:
+def _ours(
+    crops: Tensor, way: Callable[[Views, Tensor, Params], Tensor], compiled: bool
+) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
         views = Views(SIMCLR, peers.MEAN, peers.STD).to(crops.device)
         if compiled:
             views.compile()
         generator = torch.Generator(crops.device).manual_seed(0)
-        return lambda: views(crops, views.sample(len(crops) // 2, generator))
+        return lambda: way(views, crops, views.sample(len(crops) // 2, generator))
 
     return prepare
 

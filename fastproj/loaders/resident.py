@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastproj.errors import InputError
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import crop_batch
-from fastproj.loaders.native import Fill
+from fastproj.loaders.fill import Fill
 from fastproj.manifest import RAW, Beton
 
 CHUNK = 4096  # images a copy to the device: large enough to be fast, small beside the set

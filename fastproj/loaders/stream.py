@@ -28,7 +28,8 @@ import torch
 
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import batch_like, crop_batch
-from fastproj.loaders.native import Fill, library, read_at_random
+from fastproj.loaders.fill import Fill, read_at_random
+from fastproj.native import library
 
 AHEAD = 2  # batches under way beside the one the caller holds
 PREFETCHED = 16 << 10  # bytes a sample on average, from which each is asked for by itself

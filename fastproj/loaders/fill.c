@@ -7,7 +7,7 @@
  * Pillow-SIMD): weights as 16-bit integers, across first, rounded to bytes, then down. Its sums are
  * of integers, so AVX2 and the plain loops give the same bits as torch.
  *
- * native.py declares the same structs and says what they hold. Defining PLAIN leaves AVX2 out (for
+ * fill.py declares the same structs and says what they hold. Defining PLAIN leaves AVX2 out (for
  * the tests).
  */
 #include <math.h>

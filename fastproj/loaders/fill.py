@@ -1,4 +1,4 @@
-"""Stored images to crops in native threads: ``native.c`` through ctypes, which frees the GIL.
+"""Stored images to crops in native threads: ``fill.c`` through ctypes, which frees the GIL.
 
 A ``Fill`` describes one batch; ``Fill.run`` works on it until no sample is left, and any number of
 threads may call it at once: each takes the next sample that no other has taken. A JPEG is decoded
@@ -7,14 +7,13 @@ once, only where a view needs it, straight to where it is cropped from.
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from fastproj.errors import InputError
 from fastproj.manifest import Beton
+from fastproj.native import library
 
 MESSAGE_BYTES = 200  # jpeglib.h's JMSG_LENGTH_MAX
 
@@ -107,18 +106,3 @@ class Fill:
 def read_at_random(beton: Beton) -> None:
     """Tell the kernel that samples will be read in no order: nothing around them is wanted."""
     library().fastproj_read_at_random(beton.data.ctypes.data, len(beton.data))
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled ``native.c``. Raises InputError where it is missing or does not load."""
-    path = Path(__file__).with_name("_native.so")
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise InputError(f"native.c is not built for here ({error}): run ./setup.sh") from error
-    loaded.fastproj_fill.argtypes = [ctypes.POINTER(_Batch), ctypes.c_char_p]
-    loaded.fastproj_fill.restype = ctypes.c_int64
-    loaded.fastproj_prefetch.argtypes = [ctypes.POINTER(_Batch)]
-    loaded.fastproj_read_at_random.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    return loaded
