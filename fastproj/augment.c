@@ -42,13 +42,27 @@ typedef struct {
 } Batch;
 
 typedef struct {
-    float *restrict red, *restrict green, *restrict blue;
+    float *red, *green, *blue;
 } Planes;
 
 INLINE float clamp(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
 
 INLINE float luma(float red, float green, float blue) {
     return 0.2989f * red + 0.587f * green + 0.114f * blue;
+}
+
+INLINE void read_crop(Planes p, const uint8_t *restrict crop, int64_t n) {
+    float *restrict red = p.red, *restrict green = p.green, *restrict blue = p.blue;
+    for (int64_t i = 0; i < n; i++) {
+        red[i] = crop[CHANNELS * i] * (1.0f / 255);
+        green[i] = crop[CHANNELS * i + 1] * (1.0f / 255);
+        blue[i] = crop[CHANNELS * i + 2] * (1.0f / 255);
+    }
+}
+
+INLINE void make_gray(Planes p, int64_t n) {
+    float *restrict red = p.red, *restrict green = p.green, *restrict blue = p.blue;
+    for (int64_t i = 0; i < n; i++) red[i] = green[i] = blue[i] = luma(red[i], green[i], blue[i]);
 }
 
 /* A blend with its own gray (saturation), or with a given one (contrast; brightness: black). */
@@ -94,7 +108,7 @@ INLINE float mean_luma(Planes p, int64_t n) {
     return (float)(sum / n);
 }
 
-/* The operations from place first to place last - 1; mean is the image's where contrast comes. */
+/* The operations from place first to place last - 1. mean: the image's, where contrast comes. */
 INLINE void blends(Planes all, int64_t n, const int *order, const float *value, int first, int last,
                    float mean) {
     for (int64_t start = 0; start < n; start += BLOCK) {
@@ -120,7 +134,7 @@ INLINE void jitter(const Batch *batch, int64_t sample, Planes p, int64_t n) {
     };
     const int64_t *place = batch->place + OPERATIONS * sample;
     int order[OPERATIONS];
-    for (int operation = 0; operation < OPERATIONS; operation++) order[place[operation]] = operation;
+    for (int i = 0; i < OPERATIONS; i++) order[place[i]] = i;
     int contrast = value[CONTRAST] == 1 ? OPERATIONS : (int)place[CONTRAST];
     blends(p, n, order, value, 0, contrast, 0);
     if (contrast < OPERATIONS)
@@ -128,7 +142,7 @@ INLINE void jitter(const Batch *batch, int64_t sample, Planes p, int64_t n) {
 }
 
 /* out[i] = tap[0] in[i] + tap[k] (in[i - k stride] + in[i + k stride]). Whole pairs of vectors are
- * read and written: up to SLACK floats past the end, which are scratch or the next to be written. */
+ * read and written: up to SLACK floats past the end, scratch or what is written next. */
 INLINE void weigh(float *restrict out, const float *restrict in, int64_t n, int64_t stride,
                   const float *tap, int64_t reach) {
     for (int64_t i = 0; i < n; i += 2 * LANES) {
@@ -137,7 +151,8 @@ INLINE void weigh(float *restrict out, const float *restrict in, int64_t n, int6
         for (int64_t k = 1; k <= reach; k++) {
             const float *before = in + i - k * stride, *after = in + i + k * stride;
             first += tap[k] * (*(const Vector *)before + *(const Vector *)after);
-            second += tap[k] * (*(const Vector *)(before + LANES) + *(const Vector *)(after + LANES));
+            before += LANES, after += LANES;
+            second += tap[k] * (*(const Vector *)before + *(const Vector *)after);
         }
         *(Vector *)(out + i) = first;
         *(Vector *)(out + i + LANES) = second;
@@ -169,7 +184,7 @@ INLINE void blur(float *plane, int64_t height, int64_t width, const float *tap, 
 }
 
 /* tap[0 .. reach] of a Gaussian that sums to 1 on both sides, as torchvision's kernel of that size.
- * Returns the reach of those that a float pixel can tell from 0. */
+ * Returns the reach of those that change a float of 1. */
 static int64_t gaussian(float sigma, int64_t reach, float *tap) {
     double sum = 1;
     for (int64_t k = 1; k <= reach; k++) sum += 2 * exp(-0.5 * k * k / ((double)sigma * sigma));
@@ -211,21 +226,13 @@ FOR_EACH_PROCESSOR
 static void augment(const Batch *batch, int64_t sample, float *scratch) {
     int64_t height = batch->height, width = batch->width, n = height * width;
     int64_t plane = plane_floats(batch);
-    float *restrict red = scratch, *restrict green = red + plane, *restrict blue = green + plane;
-    float *padded = blue + plane, *across = padded + padded_floats(batch);
+    Planes p = {scratch, scratch + plane, scratch + 2 * plane};
+    float *padded = scratch + CHANNELS * plane, *across = padded + padded_floats(batch);
     float *row = across + padded_floats(batch), *tap = row + CHANNELS * width;
-    Planes p = {red, green, blue};
 
-    const uint8_t *restrict crop = batch->crops + CHANNELS * n * sample;
-    for (int64_t i = 0; i < n; i++) {
-        red[i] = crop[CHANNELS * i] * (1.0f / 255);
-        green[i] = crop[CHANNELS * i + 1] * (1.0f / 255);
-        blue[i] = crop[CHANNELS * i + 2] * (1.0f / 255);
-    }
+    read_crop(p, batch->crops + CHANNELS * n * sample, n);
     jitter(batch, sample, p, n);
-    if (batch->gray[sample])
-        for (int64_t i = 0; i < n; i++)
-            red[i] = green[i] = blue[i] = luma(red[i], green[i], blue[i]);
+    if (batch->gray[sample]) make_gray(p, n);
     if (batch->sigma[sample] > 0) {
         int64_t reach = gaussian(batch->sigma[sample], batch->reach, tap);
         for (int channel = 0; reach > 0 && channel < CHANNELS; channel++)
@@ -234,17 +241,18 @@ static void augment(const Batch *batch, int64_t sample, float *scratch) {
     if (batch->solarise[sample])
         for (int64_t i = 0; i < CHANNELS * plane; i++)
             scratch[i] = scratch[i] >= 0.5f ? 1 - scratch[i] : scratch[i];
-    /* Mirroring changes none of these operations, so it may come last, where a row is short. */
+    /* Mirroring changes none of these operations, so it may come last, row by row. */
     for (int64_t y = 0; y < height; y++) {
-        const float *r = red + y * width, *g = green + y * width, *b = blue + y * width;
+        int64_t at = y * width;
+        const float *r = p.red + at, *g = p.green + at, *b = p.blue + at;
         if (batch->flip[sample]) {
             mirror_row(row, r, width);
             mirror_row(row + width, g, width);
             mirror_row(row + 2 * width, b, width);
             r = row, g = row + width, b = row + 2 * width;
         }
-        write_row(batch->out + CHANNELS * (n * sample + y * width), r, g, b, width, batch->scale,
-                  batch->shift);
+        float *out = batch->out + CHANNELS * (n * sample + at);
+        write_row(out, r, g, b, width, batch->scale, batch->shift);
     }
 }
 

@@ -61,7 +61,7 @@ def run(
         rows += _epochs(case, _read(plan, plan.photos, **given, size=photo, repeats=EPOCHS - 1))
     if plan.small is not None:
         given = {"engine": "auto", "augment": True, "size": small}
-        views = f"two eager SimCLR views of {small} px, engine auto"
+        views = f"two SimCLR views of {small} px, engine auto"
         for batch in batches:
             told = _read(plan, plan.small, **given, images=max(images, batch), batch=batch)
             rows.append(_point(f"batch: {views}", batch, told))
