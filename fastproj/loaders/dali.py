@@ -20,8 +20,8 @@ bytes are compared with the manifest's hash the first time the sample is read, i
 thread: 0.05 ms an image, and the first epoch was as fast as the second.
 
 Speed: on a CPU ``stream`` is the faster one. Two crops to 224 px of ImageNet photographs (at most
-400 px, JPEG), 4 cores, batches of 64, in turn with ``stream`` (n 5, docs/performance.md): 812
-images/s against 3,419. An image takes 4.4 ms of CPU time (n 7, beside other programs).
+400 px, JPEG), 4 cores, batches of 64, in turn with ``stream``: a quarter of its images/s
+(docs/performance.md). An image takes 4.4 ms of CPU time (n 7, beside other programs).
 Decoding is not what costs (n 6): alone 1.1 ms (libjpeg-turbo by itself 1.0), both slices 0.6,
 both resizes 2.9. Decode and slices together (n 9): the box that holds all views 1.54 ms, each view
 decoded by itself 1.70, the whole image 1.77. A resize that takes the box as its region and needs no
