@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -98,9 +99,12 @@ def test_a_table_has_what_its_formula_gives(row: str) -> None:
 
 
 def test_the_decoding_rate_is_near_the_measured_one() -> None:
-    bench = json.loads((ROOT / "docs" / "bench-cpu.json").read_text("utf-8"))
-    row = next(r for r in bench["rows"] if r["engine"] == "decode alone")
-    assert row["rate"] / bench["settings"]["workers"] == pytest.approx(DECODE, rel=0.2)
+    rates = []
+    for file in (ROOT / "docs").glob("bench-cpu*.json"):
+        bench = json.loads(file.read_text("utf-8"))
+        rates += [row["rate"] / bench["settings"]["workers"]
+                  for row in bench["rows"] if row["engine"] == "decode alone"]  # fmt: skip
+    assert median(rates) == pytest.approx(DECODE, rel=0.2)
 
 
 def test_the_commands_make_batches_that_divide() -> None:
