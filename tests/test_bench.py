@@ -194,8 +194,11 @@ def test_the_chain_beside_its_peers(photos: Beton) -> None:
 
 
 @pytest.mark.slow  # compiles
-def test_views_beside_their_peers() -> None:
-    rows = measured(views.run(plan(), sizes=((16, 4, 2),)))
+def test_views_beside_their_peers_on_a_sets_own_crops(photos: Beton, small: Beton) -> None:
+    cases = (("photos", 16, 4, 2), ("small", 16, 4, 2))
+    assert not views.run(plan(small=small), cases[:1])
+    rows = measured(views.run(plan(photos), cases))
+    assert {row.case for row in rows.values()} == {"16 px, batch 4, jpeg store, all operations"}
     assert list(rows) == ["augment", "chain", "chain, compiled", "kornia", "torchvision", "lightly",
                           "memory copy"]  # fmt: skip
 

@@ -7,24 +7,30 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
+from fastproj.loaders import Crop, open_loader
+from fastproj.manifest import Beton
 from fastproj.views import PRESETS, Params, Views
 
 SIMCLR = PRESETS["simclr"]
-# (pixels, images a batch, images of those who go one by one: fewer give the same rate)
-SIZES = ((32, 512, 64), (224, 32, 8))
+# (set, pixels, images a batch, images of those who go one by one: fewer give the same rate)
+CASES = (("small", 32, 512, 64), ("photos", 224, 32, 8))
 
 
-def run(plan: Plan, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[Row]:
-    """Two views of a batch of uint8 crops with the preset ``simclr``; the unit is one view.
+def run(plan: Plan, cases: Sequence[tuple[str, int, int, int]] = CASES) -> list[Row]:
+    """Two views of a batch of a set's uint8 crops with the preset ``simclr``; the unit is one view.
 
     Each engine's time includes drawing its parameters.
     """
     rows = []
-    for size, batch, few in sizes:
-        generator = torch.Generator().manual_seed(0)
-        shape = (2 * batch, 3, size, size)
-        crops = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        crops = crops.to(plan.device, memory_format=torch.channels_last)
+    for name, size, batch, few in cases:
+        beton: Beton | None = getattr(plan, name)
+        if beton is None:
+            continue
+        loader = open_loader(
+            beton, [Crop(size, len(SIMCLR))], batch, device=plan.device, engine="stream",
+            workers=plan.workers,
+        )  # fmt: skip
+        crops = next(iter(loader)).crops[0].clone(memory_format=torch.preserve_format)
         some = crops[: 2 * few]
         ours = {"chain": Views.chain, "chain, compiled": Views.chain}
         if plan.device.type == "cpu":
@@ -37,7 +43,7 @@ def run(plan: Plan, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[Row]:
             Engine("lightly", "peer", len(some), _lightly(some, size), "Pillow, one by one"),
             limits.convert(crops),
         ]  # fmt: skip
-        case = f"{size} px, batch {batch}, all operations"
+        case = f"{size} px, batch {batch}, {beton.manifest.store} store, all operations"
         rows += compare("views", case, "views", engines, 2, plan.repeats)
     return rows
 
