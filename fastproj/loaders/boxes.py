@@ -60,7 +60,8 @@ def draw(
         else:
             views = np.arange(view, view + group.views)[:, None]
             key = _address(seed, epoch, index[None], views)
-            box = _random_resized(group, *np.broadcast_arrays(width, height, key))
+            wide, high = np.tile(width, group.views), np.tile(height, group.views)
+            box = _random_resized(group, wide, high, key.ravel()).reshape(*key.shape, 4)
         boxes.append(
             _to_stored(box, width, height, beton.width[positions], beton.height[positions])
         )
@@ -83,49 +84,46 @@ def _address(seed: int, epoch: int, index: np.ndarray, view: np.ndarray) -> np.n
     return key
 
 
-def _uniform(key: np.ndarray, tries: int) -> np.ndarray:
-    """Uniform [0, 1) numbers of the first tries, float64 (4, ..., tries), hashes of key and place.
-
-    The first axis is area, aspect, top and left.
-    """
-    counter = np.arange(1, 4 * TRIES + 1, dtype=np.uint64).reshape(4, TRIES)[:, :tries]
-    counter = counter.reshape(4, *[1] * key.ndim, tries)
-    return (_mix(key[..., None] + GOLDEN * counter) >> np.uint64(11)) * 2.0**-53
+def _uniform(key: np.ndarray, attempt: int) -> np.ndarray:
+    """Uniform [0, 1) numbers, float64 (4, n): area, aspect, top and left of keys (n,)."""
+    counter = np.arange(attempt + 1, 4 * TRIES + 1, TRIES, dtype=np.uint64)[:, None]
+    return (_mix(key + GOLDEN * counter) >> np.uint64(11)) * 2.0**-53
 
 
 def _random_resized(
     crop: Crop, width: np.ndarray, height: np.ndarray, key: np.ndarray
 ) -> np.ndarray:
-    """torchvision's ``RandomResizedCrop.get_params``, all arguments of one shape, to (..., 4).
+    """torchvision's ``RandomResizedCrop.get_params``, all arguments (n,), to (n, 4).
 
-    Nearly always the first try fits; only where it does not are the others looked at.
+    Nearly always the first box fits; only where it does not is another drawn.
     """
-    box, fits = _tried(crop, width, height, key, 1)
-    if not fits.all():
-        again = width[~fits], height[~fits], key[~fits]
-        box[~fits], fits_now = _tried(crop, *again, TRIES)
-        box[~fits] = np.where(fits_now[:, None], box[~fits], _fallback(crop, *again[:2]))
+    box = np.empty((len(key), 4), np.int64)
+    rest = np.arange(len(key))
+    for attempt in range(TRIES):
+        wide, high = width[rest], height[rest]
+        drawn, fits = _try(crop, wide, high, _uniform(key[rest], attempt))
+        box[rest] = drawn
+        rest = rest[~fits]
+        if len(rest) == 0:
+            return box
+    box[rest] = _fallback(crop, width[rest], height[rest])
     return box
 
 
-def _tried(
-    crop: Crop, width: np.ndarray, height: np.ndarray, key: np.ndarray, tries: int
+def _try(
+    crop: Crop, width: np.ndarray, height: np.ndarray, uniform: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The box (..., 4) of the first try that fits in the image, and whether there is one (...)."""
-    area, aspect, top, left = _uniform(key, tries)
-    wide, high = width[..., None], height[..., None]
-    target = (crop.scale[0] + area * (crop.scale[1] - crop.scale[0])) * (wide * high)
+    """A box (n, 4) from its four numbers, and whether it fits in the image (n,)."""
+    area, aspect, top, left = uniform
+    target = (crop.scale[0] + area * (crop.scale[1] - crop.scale[0])) * (width * height)
     low, up = np.log(crop.ratio)
     ratio = np.exp(low + aspect * (up - low))
     w = np.rint(np.sqrt(target * ratio)).astype(np.int64)
     h = np.rint(np.sqrt(target / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= wide) & (h > 0) & (h <= high)
-    i = (top * (high - h + 1)).astype(np.int64)
-    j = (left * (wide - w + 1)).astype(np.int64)
-
-    first = fits.argmax(-1)[..., None]
-    box = np.stack([np.take_along_axis(a, first, -1)[..., 0] for a in (i, j, h, w)], -1)
-    return box, fits.any(-1)
+    i = (top * (height - h + 1)).astype(np.int64)
+    j = (left * (width - w + 1)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    return np.stack([i, j, h, w], -1), fits
 
 
 def _fallback(crop: Crop, width: np.ndarray, height: np.ndarray) -> np.ndarray:
@@ -149,7 +147,9 @@ def _to_stored(
     stored_width: np.ndarray,
     stored_height: np.ndarray,
 ) -> np.ndarray:
-    """Boxes of the original image as boxes of the stored one (the identity where they agree)."""
+    """Boxes of the original image as boxes of the stored one."""
+    if np.array_equal(width, stored_width) and np.array_equal(height, stored_height):
+        return box
     top, left, h, w = np.moveaxis(box, -1, 0)
     y0, y1 = (np.rint(y * stored_height / height).astype(np.int64) for y in (top, top + h))
     x0, x1 = (np.rint(x * stored_width / width).astype(np.int64) for x in (left, left + w))
