@@ -24,12 +24,12 @@ def crop_batch(
     batch, channels, height, width = images.shape
     rows = images.reshape(batch, channels * height, width).to(dtype)
     out = batch_like(boxes.shape[0], batch, size, images.device)
-    for view, box in enumerate(boxes):
-        top, left, h, w = box.unbind(-1)
-        across = resize_matrices(left, w, size, width).to(dtype)
-        down = resize_matrices(top, h, size, height).to(dtype)
-        x = (rows @ across.mT).view(batch, channels, height, size)
-        out[view] = (down[:, None] @ x).add_(0.5).clamp_(0, 255)
+    top, left, h, w = boxes.flatten(0, 1).unbind(-1)
+    across = resize_matrices(left, w, size, width).to(dtype).unflatten(0, boxes.shape[:2])
+    down = resize_matrices(top, h, size, height).to(dtype).unflatten(0, boxes.shape[:2])
+    for view in range(len(boxes)):
+        x = (rows @ across[view].mT).view(batch, channels, height, size)
+        out[view] = (down[view][:, None] @ x).add_(0.5).clamp_(0, 255)
     return out
 
 
