@@ -22,7 +22,7 @@ def crop_batch(
     """
     dtype = dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
     batch, channels, height, width = images.shape
-    rows = images.reshape(batch, channels * height, width).to(dtype)
+    rows = images.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
     out = batch_like(boxes.shape[0], batch, size, images.device)
     top, left, h, w = boxes.flatten(0, 1).unbind(-1)
     across = resize_matrices(left, w, size, width).to(dtype).unflatten(0, boxes.shape[:2])
