@@ -144,7 +144,8 @@ class RunClock:
     """Splits the time on the wall: waiting for data, the step, and pauses (checkpoint, probe).
 
     Each ``lap`` gives the time since the last one to a part, so that the parts add up to all of it.
-    A device works on behind the step's back: its time is waited for where something is logged.
+    A device works on behind the step's back: its time is waited for where something is logged. So
+    ``data_wait``, the host's time in the loader, is the most that a device can have waited.
     """
 
     def __init__(self) -> None:
