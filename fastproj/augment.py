@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastproj.machine import unwritten
 from fastproj.native import library
 
 
@@ -50,13 +52,15 @@ def augment(crops: Tensor, params: Params, reach: int, scale: Tensor, shift: Ten
     InputError where the native part is not built, MemoryError.
     """
     crops = crops.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(crops, dtype=torch.float32)
+    samples, channels, height, width = crops.shape
+    out = torch.from_numpy(unwritten((samples, height, width, channels), np.float32))
     given = [tensor.contiguous() for tensor in (*params, scale, shift)]
     batch = _Batch(
         crops.data_ptr(),
         out.data_ptr(),
-        len(crops),
-        *crops.shape[2:],
+        samples,
+        height,
+        width,
         reach,
         *(tensor.data_ptr() for tensor in given),
         0,
@@ -66,11 +70,11 @@ def augment(crops: Tensor, params: Params, reach: int, scale: Tensor, shift: Ten
     def run() -> int:
         return library().fastproj_augment(ctypes.byref(batch))
 
-    threads = min(torch.get_num_threads(), len(crops))
+    threads = min(torch.get_num_threads(), samples)
     others = [_pool(threads).submit(run) for _ in range(threads - 1)]
     if run() + sum(other.result() for other in others):
         raise MemoryError("no memory left for the views")
-    return out
+    return out.permute(0, 3, 1, 2)
 
 
 @cache

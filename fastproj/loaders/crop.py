@@ -6,8 +6,11 @@ rounding (at most 2/255 in the tests). On a CPU ``fill`` is the faster way, over
 at 32 px and 19 times at 224 (``resident`` and ``stream`` in docs/performance.md).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fastproj.machine import unwritten
 
 
 def crop_batch(
@@ -55,5 +58,9 @@ def batch_like(views: int, batch: int, size: int, device: torch.device) -> Tenso
 
     Fresh for every batch, so that whoever receives it owns it.
     """
-    empty = torch.empty(views, batch, size, size, 3, dtype=torch.uint8, device=device)
+    shape = (views, batch, size, size, 3)
+    if device.type == "cpu":
+        empty = torch.from_numpy(unwritten(shape, np.uint8))
+    else:
+        empty = torch.empty(shape, dtype=torch.uint8, device=device)
     return empty.permute(0, 1, 4, 2, 3)
