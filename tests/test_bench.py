@@ -232,7 +232,7 @@ def test_both_heads_are_one_function() -> None:
 
 
 def test_the_step_waits_for_data_as_long_as_it_says(small: Beton) -> None:
-    rows = measured(step.run(plan(small=small), batch=6, steps=2))
+    rows = measured(step.run(plan(small=small), batch=6, steps=2), step.TURNS)
     assert list(rows) == ["resident", "stream", "the step on ready data"]
     assert all(re.fullmatch(r"data wait \d+\.\d%", rows[n].note) for n in ("resident", "stream"))
 
