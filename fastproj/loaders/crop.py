@@ -3,7 +3,7 @@
 A bilinear resize is linear and separable, so a batch of crops is two batched matrix products with
 per-sample matrices: no loop over samples. They differ from torchvision's ``resized_crop`` by the
 rounding (at most 2/255 in the tests). On a CPU ``fill`` is the faster way, over 6 times
-at 32 px and 19 times at 224 (``resident`` and ``stream`` in docs/performance.md).
+at 32 px and 20 times at 224 (``resident`` and ``stream`` in docs/performance.md).
 """
 
 import numpy as np
