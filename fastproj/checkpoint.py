@@ -11,6 +11,9 @@ import torch
 
 from fastproj.errors import InputError
 
+# Of a record with this bit torch reads nothing, and its tensor is whatever the memory held.
+DOS_FOLDER = 0x10
+
 
 def step_path(folder: str | Path, step: int) -> Path:
     """Where the checkpoint after ``step`` optimiser steps lies: ``folder/step-00001234.pt``."""
@@ -58,9 +61,9 @@ def save(path: str | Path, state: dict[str, Any], keep: int) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The state that ``save`` wrote, its tensors on the CPU.
 
-    Every record's CRC-32 is compared first, as torch itself compares none, and
-    ``weights_only=True`` lets a file hold no code. Raises ``InputError`` if the file is missing,
-    damaged, or no checkpoint.
+    Every record's CRC-32 is compared first and its mark as a folder looked for, as torch itself
+    does neither, and ``weights_only=True`` lets a file hold no code. Raises ``InputError`` if the
+    file is missing, damaged, or no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,6 +72,9 @@ def load(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as records:
             if damaged := records.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            for record in records.infolist():
+                if record.external_attr & DOS_FOLDER:
+                    raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise

@@ -211,6 +211,21 @@ def test_flipped_byte_of_a_weight_is_refused(saved):
         checkpoint.load(path)
 
 
+def test_record_marked_as_a_folder_is_refused(saved):
+    path, whole, _ = saved
+    with zipfile.ZipFile(path) as records:
+        start = records.start_dir
+    damaged = bytearray(whole)
+    entry = whole.index(b"data/0", start) - len("archive/") - 46  # a central header's fixed part
+    assert whole[entry : entry + 4] == b"PK\x01\x02"
+    damaged[entry + 38] ^= 0x10  # the external attributes' low byte
+    path.write_bytes(damaged)
+    with zipfile.ZipFile(path) as records:
+        assert records.testzip() is None  # zipfile itself takes no notice
+    with pytest.raises(InputError, match="damaged .*data/0 is marked as a folder"):
+        checkpoint.load(path)
+
+
 class Code:
     def __reduce__(self):
         return (os.system, ("true",))
