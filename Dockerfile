@@ -7,10 +7,12 @@
 FROM debian:bookworm-slim
 WORKDIR /fastproj
 # The set-up alone first: a change of the code then leaves this layer, and its 7 GB, as they are.
-COPY setup.sh pyproject.toml constraints.txt ./
-COPY fastproj/augment.c fastproj/
+COPY setup.sh setup.py pyproject.toml constraints.txt LICENSE ./
+COPY fastproj/__init__.py fastproj/
+COPY fastproj/augment/augment.c fastproj/augment/
 COPY fastproj/loaders/fill.c fastproj/loaders/
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates make \
+    && touch README.md && mkdir rcfg \
     && ./setup.sh dali dev \
     && rm -rf /var/lib/apt/lists/* /root/.cache
 COPY . .

@@ -2,12 +2,13 @@
 # make test   set-up, then the whole test suite
 # make check  ruff and mypy
 # make bench  rates of every stage, beside its peers and its limit (some 20 minutes)
+# make wheel  dist/: the source distribution, and a wheel from it for any Linux (libjpeg inside)
 .NOTPARALLEL:
 
 DATASET ?= digits
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench wheel
 
 demo:
 	./setup.sh
@@ -25,3 +26,10 @@ check:
 bench:
 	./setup.sh dali dev
 	$(PYTHON) -m fastproj.bench all $(BENCH)
+
+wheel:
+	./setup.sh dev
+	rm -rf build dist
+	$(PYTHON) -m build --outdir build/dist
+	PATH="$(CURDIR)/.venv/bin:$$PATH" auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in this checkout, with all that fastproj needs:
 #   ./setup.sh [EXTRA...]      EXTRA: dali, dev (the optional dependencies in pyproject.toml)
+# It does what "pip install -e .[ffcv,report]" stands for, with the Debian packages that this takes.
 # Run it as often as you like: where nothing is to be done it takes a second.
 # PYTHON=python3.12 ./setup.sh takes that Python; otherwise the first of python3, python3.13, ...
 set -euo pipefail
@@ -34,10 +35,7 @@ missing_packages() {
     # The compiler serves FFCV's build and our own now, and torch.compile later.
     command -v g++ >/dev/null || echo g++
     command -v pkg-config >/dev/null || echo pkg-config
-    [ -e /usr/include/opencv4/opencv2/core.hpp ] || echo libopencv-core-dev
-    [ -e /usr/include/opencv4/opencv2/imgproc.hpp ] || echo libopencv-imgproc-dev
-    [ -e /usr/include/turbojpeg.h ] || echo libturbojpeg0-dev
-    [ -e /usr/include/jpeglib.h ] || echo libjpeg-dev
+    pkg-config --exists libjpeg 2>/dev/null || echo libjpeg-dev
     if [ -z "$python" ]; then
         echo python3-venv python3-dev
     elif ! complete "$python"; then
@@ -46,29 +44,38 @@ missing_packages() {
     fi
 }
 
+# The same for FFCV alone.
+missing_for_ffcv() {
+    [ -e /usr/include/opencv4/opencv2/core.hpp ] || echo libopencv-core-dev
+    [ -e /usr/include/opencv4/opencv2/imgproc.hpp ] || echo libopencv-imgproc-dev
+    [ -e /usr/include/turbojpeg.h ] || echo libturbojpeg0-dev
+}
+
+apt_line() { echo "apt-get update && apt-get install -y --no-install-recommends $*"; }
+
+# Installs Debian packages; fails where this user may not, or where there are none.
 install_packages() {
-    local install="apt-get update && apt-get install -y --no-install-recommends $*"
-    echo "set-up: Debian packages: $*"
-    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        DEBIAN_FRONTEND=noninteractive sh -c "$install"
-    elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then
-        sudo -n DEBIAN_FRONTEND=noninteractive sh -c "$install"
+    command -v apt-get >/dev/null || return
+    if [ "$(id -u)" = 0 ]; then
+        DEBIAN_FRONTEND=noninteractive sh -c "$(apt_line "$@")"
     else
-        die "Debian packages are missing and this user may not install them; run: sudo sh -c '$install'"
+        sudo -n true 2>/dev/null && sudo -n DEBIAN_FRONTEND=noninteractive sh -c "$(apt_line "$@")"
     fi
 }
 
 # Tells one tested state of .venv from another: our own files, Python, and what pip has installed.
 state() {
     {
-        cat pyproject.toml constraints.txt setup.sh fastproj/loaders/fill.c fastproj/augment.c
-        ls fastproj/_native.so
+        cat pyproject.toml setup.py constraints.txt setup.sh
+        cat fastproj/loaders/fill.c fastproj/augment/augment.c
+        ls fastproj/_native.*
+        missing_for_ffcv   # installed by hand in the meantime: FFCV is tried again
         .venv/bin/python -c 'import sys; print(sys.version, sys.prefix)'
         ls -d .venv/lib/python3*/site-packages/*.dist-info
     } 2>/dev/null | sha256sum | cut -d' ' -f1
 }
 
-# Prints the requirements of pyproject.toml: all but ffcv, and those of the extras named, one a line.
+# Prints the requirements of pyproject.toml and of the extras named, one per line; all but ffcv.
 requirements() {
     .venv/bin/python - "$@" <<'PY'
 import sys, tomllib
@@ -77,8 +84,8 @@ with open("pyproject.toml", "rb") as file:
 extras = project["optional-dependencies"]
 if unknown := set(sys.argv[1:]) - extras.keys():
     sys.exit(f"error: no extra named {min(unknown)}; there are: {', '.join(extras)}")
-print(*(line for line in project["dependencies"] if not line.startswith("ffcv")), sep="\n")
-print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
+lines = sum((extras[name] for name in sys.argv[1:]), project["dependencies"])
+print(*(line for line in lines if not line.startswith("ffcv")), sep="\n")
 PY
 }
 
@@ -93,18 +100,23 @@ install_ffcv() {
         "Cflags: -I$shim -I/usr/include/opencv4" 'Libs: -lopencv_imgproc -lopencv_core' \
         >"$shim/opencv4.pc"
     # No cache: a wheel kept from before a change of the system's OpenCV would no longer load.
-    PKG_CONFIG_PATH=$shim${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH} .venv/bin/python -m pip install \
+    if PKG_CONFIG_PATH=$shim${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH} .venv/bin/python -m pip install \
         --quiet --no-deps --no-build-isolation --use-pep517 --no-cache-dir \
-        --constraint constraints.txt ffcv
-    rm -r "$shim"
+        --constraint constraints.txt ffcv >"$shim/log" 2>&1; then
+        rm -r "$shim"
+    else
+        echo "set-up: without FFCV, whose build failed ($shim/log); only comparisons with FFCV need it"
+    fi
 }
 
 [ -z "${PYTHON:-}" ] || usable "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11 or newer"
 python=$(find_python)
 missing=$(missing_packages "$python" | xargs)
 if [ -n "$missing" ]; then
-    # shellcheck disable=SC2086  # one word a package
-    install_packages $missing
+    echo "set-up: Debian packages: $missing"
+    # shellcheck disable=SC2046,SC2086  # one word per package
+    install_packages $missing || die "Debian packages are missing and could not be installed; \
+run: sudo sh -c '$(apt_line $missing $(missing_for_ffcv))'"
     python=$(find_python)
 fi
 [ -n "$python" ] || die "no Python 3.11 or newer; install one and run: PYTHON=/path/to/python $0"
@@ -118,16 +130,19 @@ extras=$(printf '%s\n' "$@" "${reached[@]:1}" | sort -u | xargs)
 [ "${reached[*]}" != "$(state)${extras:+ $extras}" ] || exit 0
 
 echo "set-up: Python packages into .venv (some 7 GB, PyTorch most of it; minutes the first time)"
-# shellcheck disable=SC2086  # one word an extra
-requirements $extras >.venv/requirements.txt
+missing=$(missing_for_ffcv | xargs)
+if [ -n "$missing" ]; then
+    echo "set-up: Debian packages for FFCV: $missing"
+    # shellcheck disable=SC2086
+    install_packages $missing || true   # its build then says what it lacks
+fi
+# shellcheck disable=SC2086  # one word per extra
+requirements ffcv report $extras >.venv/requirements.txt
 .venv/bin/python -m ensurepip >/dev/null   # an interrupted run leaves a .venv without pip
 # No warnings of conflicts: FFCV's own wishes are left out on purpose, and pip calls that an error.
 .venv/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts \
     --constraint constraints.txt --requirement .venv/requirements.txt
 install_ffcv
-# For any processor of this kind: the faster instructions are chosen when it runs.
-gcc -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -shared -fPIC \
-    fastproj/loaders/fill.c fastproj/augment.c -o fastproj/_native.so -ljpeg -lm
-# What an editable install would do, without a build: Python finds fastproj in this checkout.
-pwd >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastproj.pth"
+rm -f fastproj/_native.*
+.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 echo "$(state) $extras" >.venv/set-up

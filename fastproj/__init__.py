@@ -15,3 +15,11 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever calls a command with an
         "error: fastproj needs Python 3.11 or newer; ./setup.sh makes .venv with one, "
         "then: .venv/bin/python -m fastproj.doctor"
     )
+
+try:
+    import lazy_loader
+except ModuleNotFoundError:  # the doctor runs without it, and names it
+    __all__: list[str] = []
+else:
+    # The public names stand in __init__.pyi, where editors and type checkers look for them too.
+    __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,9 +1,15 @@
-"""Command: what this machine has, what is missing, and the one line that mends it.
+"""Command: check this machine, and say how to fix what is missing.
 
-``python -m fastproj.doctor`` tries each thing fastproj uses, as fastproj uses it, and prints one
-line for each. Exit code 0 if the main job can run here, 1 if something it needs is missing. What
-only makes it faster (a GPU, DALI, a compiler) is shown, and is no failure.
+``fastproj doctor`` tries everything that fastproj uses, in the way fastproj uses it, and prints one
+line for each. The exit code is 0 if the main job (images to a table of accuracies) can run here and
+1 if something that it needs is missing. A GPU, a compiler and the extras (FFCV, matplotlib, DALI)
+are optional: they are shown, and their absence is no failure.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from fastproj.__main__ import main as run
+
+    run("doctor")
 
 import argparse
 import importlib
@@ -25,27 +31,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fastproj.errors import InputError, run_command
+from fastproj.core.errors import InputError
 
-CHECKOUT = shlex.quote(str(Path(__file__).parents[1]))
-LOOK_AGAIN = ".venv/bin/python -m fastproj.doctor"
-SET_UP = f"cd {CHECKOUT} && ./setup.sh && {LOOK_AGAIN}"
-SET_UP_DALI = f"cd {CHECKOUT} && ./setup.sh dali && {LOOK_AGAIN}"
-SET_UP_AFRESH = f"cd {CHECKOUT} && rm -rf .venv && ./setup.sh && {LOOK_AGAIN}"
+CHECKOUT = Path(__file__).parents[1]
+PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
-# What pyproject.toml asks for -> what is imported. FFCV and torch have checks of their own.
+
+def _set_up(extra: str = "", afresh: bool = False) -> str:
+    """The line that installs: with setup.sh in a checkout, elsewhere with pip."""
+    if (CHECKOUT / "setup.sh").exists():
+        clear, extra = "rm -rf .venv && " * afresh, f" {extra}" * bool(extra)
+        return (
+            f"cd {shlex.quote(str(CHECKOUT))} && {clear}./setup.sh{extra} && "
+            ".venv/bin/python -m fastproj.doctor"
+        )
+    name = f"'fastproj-ssl[{extra}]'" if extra else "fastproj-ssl"
+    return f"{PIP}{' --force-reinstall' * afresh} {name}"
+
+
+SET_UP = _set_up()
+SET_UP_AFRESH = _set_up(afresh=True)
+COMPILER = SET_UP if "setup.sh" in SET_UP else "apt-get install g++ python3-dev   # or the like"
+
+# What pyproject.toml asks for -> what is imported. torch has a check of its own.
 PACKAGES = {
     "fastargs": "fastargs",
-    "matplotlib": "matplotlib",
+    "lazy-loader": "lazy_loader",
     "numba": "numba",
     "numpy": "numpy",
-    "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "psutil": "psutil",
     "pyyaml": "yaml",
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
-    "setuptools": "setuptools",
     "terminaltables": "terminaltables",
     "torchvision": "torchvision",
     "tqdm": "tqdm",
@@ -55,7 +73,7 @@ ENOUGH_DISK = 1 << 30  # bytes: the demo's betons and checkpoints, with room for
 
 
 class Missing(Exception):
-    """``args``: what is missing, and the line that mends it."""
+    """``args``: what is missing, and the line that fixes it."""
 
 
 def python() -> str:
@@ -74,50 +92,61 @@ def packages() -> str:
 
 
 def ffcv() -> str:
-    """Try FFCV's library in a process of its own: a damaged one kills the process that loads it."""
+    """FFCV is a peer in the tests and the benchmark: fastproj reads and writes its files itself.
+
+    Try FFCV's library in a process of its own: a damaged one kills the process that loads it."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(_try_ffcv).result()
         except BrokenProcessPool as error:
-            raise Missing("its library kills the process that loads it", SET_UP_AFRESH) from error
+            what = "its library kills the process that loads it"
+            raise Missing(what, _set_up("ffcv", afresh=True)) from error
 
 
 def _try_ffcv() -> str:
-    """Crop an image of one colour, and decode a JPEG of it."""
+    """Crop an image of one color, and decode a JPEG of it."""
+    fix = _set_up("ffcv")
     os.environ["NUMBA_DISABLE_JIT"] = "1"  # importing FFCV compiles for 8 s, and not its library
-    np, library = _load("numpy"), _load("ffcv.libffcv")
+    np, library = _load("numpy"), _load("ffcv.libffcv", fix)
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     cropped, decoded = np.zeros((4, 4, 3), np.uint8), np.zeros_like(image)
     library.resize_crop(image, 2, 10, 2, 10, cropped)
     library.imdecode(_jpeg(image), decoded, 16, 16, 16, 16)
     if (cropped != image[:4, :4]).any() or abs(decoded.astype(int) - image).max() > 4:
-        raise Missing("its library crops or decodes wrongly", SET_UP_AFRESH)
+        raise Missing("its library crops or decodes wrongly", _set_up("ffcv", afresh=True))
     return f"{importlib.metadata.version('ffcv')}, its library loads, crops and decodes"
 
 
 def native() -> str:
-    """Decode a JPEG of one colour and crop it."""
+    """The compiled part: decode a JPEG of one color, or take its pixels, and crop it."""
     np, torch, loaders = _load("numpy"), _load("torch"), _load("fastproj.loaders.fill")
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    stored = _jpeg(image)
-    beton = SimpleNamespace(
-        data=stored,
-        mode=np.zeros(1, np.uint8),
-        **dict.fromkeys(("width", "height"), np.array([16])),
-        pointer=np.array([0]),
-        length=np.array([len(stored)]),
-    )
     crops = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
     try:
-        fill = loaders.Fill(
-            beton, np.array([0]), [np.array([[[4, 4, 8, 8]]])], [crops.permute(0, 1, 4, 2, 3)]
-        )
-        fill.run()
+        jpeg = bool(loaders.library().fastproj_has_jpeg())
+        _crop(image, jpeg, crops)
     except InputError as error:
         raise Missing(str(error), SET_UP_AFRESH) from error
     if abs(crops.numpy().astype(int) - image[:8, :8]).max() > 4:
         raise Missing("it decodes or crops wrongly", SET_UP_AFRESH)
-    return "decodes and crops"
+    without = "crops; built without libjpeg: JPEG stores need --data.engine reference"
+    return "decodes and crops" if jpeg else without
+
+
+def _crop(image: Any, jpeg: bool, crops: Any) -> None:
+    """Fill ``crops`` (1, 1, 8, 8, 3) from the image (16, 16, 3), stored as JPEG or raw."""
+    np, loaders = _load("numpy"), _load("fastproj.loaders.fill")
+    stored = _jpeg(image) if jpeg else image.ravel()
+    beton = SimpleNamespace(
+        path="the image tried",
+        data=stored,
+        mode=np.array([loaders.RAW * (not jpeg)], np.uint8),
+        **dict.fromkeys(("width", "height"), np.array([16])),
+        pointer=np.array([0]),
+        length=np.array([len(stored)]),
+    )
+    boxes = np.array([[[4, 4, 8, 8]]])
+    loaders.Fill(beton, np.array([0]), [boxes], [crops.permute(0, 1, 4, 2, 3)]).run()
 
 
 def _jpeg(image: Any) -> Any:
@@ -128,12 +157,12 @@ def _jpeg(image: Any) -> Any:
 
 
 def cores() -> str:
-    machine = _load("fastproj.machine")
+    machine = _load("fastproj.core.machine")
     return f"{machine.cores()} of this machine's {os.cpu_count()} for this process"
 
 
 def memory() -> str:
-    total, available = _load("fastproj.machine").memory()
+    total, available = _load("fastproj.core.machine").memory()
     says = f"{_gib(available)} of {_gib(total)} available"
     if available < ENOUGH_MEMORY:
         raise Missing(
@@ -147,7 +176,7 @@ def disk() -> str:
     """The folder the command runs in is where runs and betons go."""
     folder = Path.cwd()
     if not os.access(folder, os.W_OK):
-        raise Missing(f"{folder} cannot be written to", f"sudo chown -R {os.getuid()} {folder}")
+        raise Missing(f"{folder} cannot be written to", "cd to a folder that is yours")
     free = shutil.disk_usage(folder).free
     if free < ENOUGH_DISK:
         raise Missing(
@@ -175,14 +204,19 @@ def gpu() -> str:
 
 
 def dali() -> str:
-    return str(_load("nvidia.dali", SET_UP_DALI).__version__)
+    return str(_load("nvidia.dali", _set_up("dali")).__version__)
+
+
+def matplotlib() -> str:
+    """It draws the report's and the benchmark's pictures."""
+    return str(_load("matplotlib", _set_up("report")).__version__)
 
 
 def compiler() -> str:
     """Compile what torch.compile writes for a CPU: C++ that includes Python.h, with OpenMP."""
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
-        raise Missing(f"no {name}: models run without torch.compile, slower", SET_UP)
+        raise Missing(f"no {name}: models run without torch.compile, slower", COMPILER)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <Python.h>\n#include <omp.h>\n#include <vector>\n")
@@ -191,32 +225,33 @@ def compiler() -> str:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise Missing(f"{name} fails: {why}", SET_UP)
+        raise Missing(f"{name} fails: {why}", COMPILER)
     return f"{shutil.which(name)} compiles for torch.compile"
 
 
-# A name, its check, and whether the main job needs it.
+# A name, its check, and whether the main job needs it: then "MISSING" is a failure.
 CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
     ("Python", python, True),
     ("torch", torch, True),
     ("packages", packages, True),
-    ("FFCV", ffcv, True),
     ("native", native, True),
     ("cores", cores, True),
     ("memory", memory, True),
     ("disk", disk, True),
     ("GPU", gpu, False),
+    ("matplotlib", matplotlib, False),
+    ("FFCV", ffcv, False),
     ("DALI", dali, False),
     ("compiler", compiler, False),
 )
 
 
-def _load(module: str, mend: str = SET_UP) -> Any:
+def _load(module: str, fix: str = SET_UP) -> Any:
     """The module, or ``Missing``: told apart are one that is not there and one that is broken."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise Missing(f"no module {error.name}", mend) from error
+        raise Missing(f"no module {error.name}", fix) from error
     except Exception as error:
         raise Missing(f"{module} is broken: {error}", SET_UP_AFRESH) from error
 
@@ -227,7 +262,11 @@ def _gib(size: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print what each check finds. ``InputError`` names what the main job lacks."""
-    parser = argparse.ArgumentParser(prog="python -m fastproj.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fastproj doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.parse_args(argv)
     lacking = []
@@ -235,15 +274,11 @@ def main(argv: Sequence[str]) -> None:
         try:
             print(f"  ok       {name:10} {check()}", flush=True)
         except Missing as missing:
-            what, mend = missing.args
+            what, fix = missing.args
             print(f"  {'MISSING' if needed else 'without'}  {name:10} {' '.join(what.split())}")
-            print(f"{'':21} mend: {mend}", flush=True)
+            print(f"{'':21} fix: {fix}", flush=True)
             if needed:
                 lacking.append(name)
     if lacking:
-        raise InputError(f"the main job cannot run here: mend {', '.join(lacking)} as said above")
+        raise InputError(f"the main job cannot run here: fix {', '.join(lacking)} as said above")
     print("The main job can run here.")
-
-
-if __name__ == "__main__":
-    run_command(main)

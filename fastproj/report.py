@@ -1,20 +1,26 @@
-"""Command: draw a run's curves. ``python -m fastproj.report --cfg CONFIG``
+"""Command: draw a run's curves. ``python -m fastproj.report runs/NAME``
 
-``metrics.jsonl`` -> ``diagnostics.png`` in the run folder: one small panel a measure, epoch by
+``metrics.jsonl`` -> ``diagnostics.png`` in the run folder: one small panel per measure, epoch by
 epoch. A run still under way can be drawn as well.
 """
 
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from fastproj.__main__ import main as run_as_script
+
+    run_as_script("report")
+
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from fastproj.core.errors import InputError
+from fastproj.core.files import replacing
+from fastproj.runs.command import open_run
+from fastproj.runs.folder import RunFolder
+from fastproj.runs.journal import read
 
-from fastproj.errors import InputError, run_command
-from fastproj.journal import read
-from fastproj.manifest import replacing
-from fastproj.settings import RUN, Settings, load
+if TYPE_CHECKING:  # an extra, and slow to import: only drawing needs it
+    from matplotlib.figure import Figure
 
 COLUMNS = 3
 PANEL = (4.4, 3.0)  # width and height, inches
@@ -57,31 +63,40 @@ Curve = tuple[list[int], list[float]]
 
 
 def curves(events: Iterable[dict[str, Any]]) -> dict[str, Curve]:
-    """What the ``epoch`` events of a journal tell: name -> (epochs, from 1; values).
+    """What the ``epoch`` events of a journal hold: name -> (epochs, from 1; values).
 
-    The loss, the online probe, the loss's terms (named ``penalty.…``) and the diagnostics. An epoch
-    that was interrupted and taken up again counts once, as its last part told it.
+    The loss, the online probe, the terms of the loss (named ``penalty.…``) and the diagnostics. For
+    a resumed epoch only the last event counts.
     """
     epochs = {event["epoch"]: event for event in events if event["event"] == "epoch"}
     found: dict[str, Curve] = {}
     for epoch, event in sorted(epochs.items()):
-        told = {
+        metrics = {
             name if name in ("loss", "online_probe") else PENALTY + name: value
             for name, value in event.items()
             if isinstance(value, float) and name != "time"
         }
-        for name, value in (told | event.get("diagnostics", {})).items():
+        for name, value in (metrics | event.get("diagnostics", {})).items():
             numbers, values = found.setdefault(name, ([], []))
             numbers.append(epoch + 1)
             values.append(value)
     return found
 
 
-def draw(title: str, found: dict[str, Curve]) -> Figure:
-    """A figure of the curves that there are, a panel a measure, in the order of ``PANELS``.
+def draw(title: str, found: dict[str, Curve]) -> "Figure":
+    """A figure with one panel per measure that ``found`` holds, in the order of ``PANELS``.
 
-    A curve that no panel names has one of its own. A line's label is its curve's name.
+    A curve that no panel names gets its own panel. A line's label is the name of its curve. Raises
+    ``InputError`` without matplotlib.
     """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise InputError(
+            f"the report needs matplotlib ({error}): run ./setup.sh report in a checkout, "
+            "elsewhere pip install 'fastproj-ssl[report]'"
+        ) from error
     named = {name for panel in PANELS for name in panel.curves}
     panels = [panel for panel in PANELS if panel.curves.keys() & found.keys()]
     panels += [
@@ -107,28 +122,23 @@ def draw(title: str, found: dict[str, Curve]) -> Figure:
     return figure
 
 
-def report(settings: Settings) -> Path:
+def report(run: RunFolder) -> Path:
     """Draw the run's ``diagnostics.png``; returns its path.
 
-    Raises ``InputError`` for a run without a journal or without an epoch in it.
+    Raises ``InputError`` for a run without a journal or without an epoch in it, and without
+    matplotlib.
     """
-    run = Path(settings.run.dir) / settings.run.name
-    found = curves(read(run / "metrics.jsonl"))
+    found = curves(read(run.metrics))
     if not found:
         raise InputError(
-            f"{run / 'metrics.jsonl'} tells of no epoch: train for one first, or name another run "
-            "with --run.name"
+            f"{run.metrics} holds no epoch yet: train for one first, or give another run folder"
         )
-    path = run / "diagnostics.png"
-    with replacing(path) as file:
-        draw(settings.run.name, found).savefig(file, format="png", dpi=110)
-    return path
+    figure = draw(run.name, found)
+    with replacing(run.curves) as file:
+        figure.savefig(file, format="png", dpi=110)
+    return run.curves
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = load(RUN, argv, "python -m fastproj.report", "Draw the curves of a run.")
-    print(f"written: {report(settings)}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    run, _ = open_run(argv, "python -m fastproj.report", "Draw the curves of a run.")
+    print(f"written: {report(run)}")

@@ -2,173 +2,203 @@
 
 Beton -> crops on the device -> views -> encoder -> projector -> objective, with a linear probe on
 the detached features beside it. On several GPUs: ``torchrun --nproc-per-node 8 -m fastproj.train``.
+``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says.
 """
 
-import signal
-from collections import defaultdict
-from collections.abc import Sequence
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from fastproj.__main__ import main as run_as_script
+
+    run_as_script("train")
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastproj import checkpoint, dist
-from fastproj.device import choose_device
-from fastproj.errors import InputError, run_command
-from fastproj.journal import Journal, RunClock, write_environment
-from fastproj.journal import read as read_journal
-from fastproj.machine import keep_freed_memory
+from fastproj.core import dist
+from fastproj.core.device import choose_device
+from fastproj.core.errors import InputError
+from fastproj.core.files import write_text
+from fastproj.core.interruption import Interruption
+from fastproj.core.machine import keep_freed_memory
+from fastproj.runs import checkpoint
+from fastproj.runs.environment import write_environment
+from fastproj.runs.folder import RunFolder
+from fastproj.runs.journal import Journal, StepMeter
+from fastproj.runs.journal import read as read_journal
 from fastproj.settings import RUN, Settings, load
-from fastproj.trainer import Trainer
+from fastproj.training.build import build_trainer
+from fastproj.training.crops import misfit
+from fastproj.training.trainer import Trainer
 
-
-class Interruption:
-    """SIGTERM and Ctrl-C ask for a stop, which the loop grants after the step under way."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> "Interruption":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == number == signal.SIGINT:  # twice: the user means now
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+# A run may be resumed on another machine, with other logging; nothing else may change under it.
+FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
 
 
 def train(settings: Settings) -> Path:
     """Run, or resume, what the settings describe; returns the run folder.
 
-    Raises InputError for what the user must mend. An interrupted run saves where it stands and
+    Raises InputError for what the user must fix. An interrupted run saves where it stands and
     leaves with exit code 128 + the signal's number.
     """
-    run = Path(settings.run.dir) / settings.run.name
+    run = _folder(settings)
     device = choose_device(settings.run.device)
     rank = dist.start(device)
     try:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True  # batches have few shapes: time the algorithms
-            device = torch.device("cuda", rank.local)
+            device = torch.device("cuda", rank.local_rank)
         else:
             keep_freed_memory()
-        found = _find_checkpoint(run, settings.run.resume)
+        found = _find_checkpoint(run, resume=settings.run.resume is not None)
         dist.barrier()  # rank 0 must not start the folder before the others have looked
-        trainer = Trainer(settings, rank, device)
+        trainer = build_trainer(settings, rank, device)
         if found:
-            trainer.restore(found)
+            _load(trainer, found, settings)
         elif dist.is_main():
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-            write_environment(run)
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(run.config, settings.to_yaml())
+            write_environment(run.environment)
+        if dist.is_main():
+            _announce(run, trainer, settings)
         with (
             trainer.loader,
             Interruption() as interruption,
-            Journal(run, dist.is_main(), trainer.total_steps, trainer.step) as journal,
+            Journal(run.metrics, dist.is_main(), trainer.total_steps, trainer.step) as journal,
         ):
-            _loop(trainer, journal, run / "checkpoints", interruption)
+            _loop(trainer, journal, run.checkpoints, interruption, settings)
     finally:
         dist.stop()
     if interruption.signal:
         raise SystemExit(128 + interruption.signal)
-    return run
+    return run.path
 
 
-def _find_checkpoint(run: Path, resume: bool) -> Path | None:
+def _folder(settings: Settings) -> RunFolder:
+    return RunFolder(Path(settings.run.resume or Path(settings.run.dir) / settings.run.name))
+
+
+def _find_checkpoint(run: RunFolder, resume: bool) -> Path | None:
     """The checkpoint to resume from; InputError where the folder and ``resume`` do not agree."""
-    found = checkpoint.latest(run / "checkpoints")
-    metrics = run / "metrics.jsonl"
-    finished = metrics.exists() and any(e["event"] == "end" for e in read_journal(metrics))
+    found = checkpoint.latest(run.checkpoints)
+    finished = run.metrics.exists() and any(e["event"] == "end" for e in read_journal(run.metrics))
+    if found and not resume and not finished:
+        state = checkpoint.load(found)  # a kill may have come between the last checkpoint and "end"
+        finished = state["cursor"][0] >= state["settings"]["optim.epochs"]
     if finished:
-        raise InputError(f"{run} holds a finished run: give another --run.name, or remove it")
+        raise InputError(f"{run.path} holds a finished run: give another --run.name, or remove it")
     if resume and found is None:
-        raise InputError(f"{run} holds no checkpoint to resume from: start without --run.resume")
+        raise InputError(
+            f"{run.path} holds no checkpoint to resume from: start without --run.resume"
+        )
     if found and not resume:
         raise InputError(
-            f"{run} holds an unfinished run: go on with --run.resume true, or give another "
-            "--run.name"
+            f"{run.path} holds an unfinished run: go on with --run.resume {run.path}, or give "
+            "another --run.name"
         )
     return found
 
 
+def _state(trainer: Trainer, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint holds: the trainer's state, and of what run and which data it is."""
+    manifest = trainer.loader.beton.manifest
+    return {
+        "settings": settings.flat(),
+        "data": manifest.content,
+        "mean": manifest.mean,
+        "std": manifest.std,
+        **trainer.state_dict(),
+    }
+
+
+def _load(trainer: Trainer, path: Path, settings: Settings) -> None:
+    """Go on from the checkpoint. Raises InputError where it is of another run or other data."""
+    state, beton = checkpoint.load(path), trainer.loader.beton
+    _require_same(state["settings"], settings.flat(), path)
+    if state["data"] != beton.manifest.content:
+        raise InputError(f"{path} was trained on other data than {beton.path}: resume on that data")
+    trainer.load_state_dict(state)
+
+
+def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    for name, value in now.items():
+        if before.get(name) != value and not name.startswith(FREE_TO_CHANGE):
+            raise InputError(
+                f"{path} was made with {name} = {before.get(name)}, now it is {value}: resume "
+                "without this setting, or start another run with --run.name"
+            )
+
+
+def _announce(run: RunFolder, trainer: Trainer, settings: Settings) -> None:
+    """Say where the run is kept and, where crops and stem do not fit the images, what would."""
+    print(f"run folder: {run.path}", file=sys.stderr, flush=True)
+    beton = trainer.loader.beton
+    advice = misfit(beton.width, beton.height, settings.views.size, settings.model.stem)
+    if advice:
+        print(f"note: {beton.path}: {advice}", file=sys.stderr, flush=True)
+
+
 def _loop(
-    trainer: Trainer, journal: Journal, checkpoints: Path, interruption: Interruption
+    trainer: Trainer,
+    journal: Journal,
+    checkpoints: Path,
+    interruption: Interruption,
+    settings: Settings,
 ) -> None:
-    settings, loader, clock = trainer.settings, trainer.loader, RunClock()
-    batch_size, every = settings.optim.batch_size, settings.train.log_every
-    first = trainer.step
-    last = min(trainer.total_steps, first + (settings.train.stop_after or trainer.total_steps))
-    journal.event("start", step=first, steps=trainer.total_steps, loader=loader.reason)
+    optim, how, first = settings.optim, settings.train, trainer.step
+    last = min(trainer.total_steps, first + (how.stop_after or trainer.total_steps))
+    meter = StepMeter(journal, optim.batch_size, how.log_every)
+    journal.event("start", step=first, steps=trainer.total_steps, loader=trainer.loader.reason)
 
     def save() -> None:
         if dist.is_main():
             path = checkpoint.step_path(checkpoints, trainer.step)
-            checkpoint.save(path, trainer.state(), settings.train.keep)
+            checkpoint.save(path, _state(trainer, settings), how.keep)
             journal.event("checkpoint", step=trainer.step, file=path.name)
-        clock.lap("pause")
+        meter.pause()
 
     if first == 0:
         save()  # so that a run killed in its first epoch can be resumed as well
     while trainer.step < last:
-        epoch, before = loader.cursor[0], clock.seconds()
-        told: defaultdict[str, list[Tensor]] = defaultdict(list)
-        trainer.begin_epoch(epoch)
-        logged, spent = trainer.step, clock.seconds()
-        for batch in loader:
-            clock.lap("data_wait")
-            for name, value in trainer.train_step(batch).items():
-                told[name].append(value)
-            if trainer.step % every == 0:
-                loss = dist.mean(told["loss"][-1]).item()  # the only wait for the device
-                clock.lap("step")
-                seconds = clock.seconds(spent)
-                journal.event(
-                    "step",
-                    step=trainer.step,
-                    epoch=epoch,
-                    loss=loss,
-                    lr=trainer.optimiser.param_groups[0]["lr"],
-                    images_per_second=(trainer.step - logged) * batch_size / sum(seconds.values()),
-                    data_wait=seconds["data_wait"] / sum(seconds.values()),
-                )
-                logged, spent = trainer.step, clock.seconds()
-            clock.lap("step")
-            asked = interruption.signal
-            if trainer.rank.world > 1:  # agree, but only where the ranks wait anyway
-                asked = trainer.step % every == 0 and dist.any_true(bool(asked))
-            if asked or trainer.step == last:
+        epoch = trainer.loader.cursor[0]
+        meter.begin_epoch(epoch, trainer.step)
+        for batch in meter.batches(trainer.epoch()):
+            metrics = trainer.train_step(batch)
+            logged = meter.step(trainer.step, metrics, trainer.optimizer.param_groups[0]["lr"])
+            if interruption.requested(agree=logged) or trainer.step == last:
                 break
-        done = loader.cursor == (epoch + 1, 0)
-        journal.event(
-            "epoch",
-            step=trainer.step,
-            epoch=epoch,
-            steps=len(told["loss"]),
-            **{name: dist.mean(torch.stack(v).mean()).item() for name, v in told.items()},
-            diagnostics=trainer.diagnostics.report(),
-            seconds=clock.seconds(before),
-        )
-        if not done or (epoch + 1) % settings.train.checkpoint_every == 0 or trainer.step == last:
+        done = trainer.loader.cursor == (epoch + 1, 0)
+        meter.end_epoch(trainer.step, trainer.diagnostics.report)
+        if not done or (epoch + 1) % how.checkpoint_every == 0 or trainer.step == last:
             save()
         if not done:
             break
     if trainer.step == trainer.total_steps:
-        seconds = clock.seconds()
-        rate = (trainer.step - first) * batch_size / (seconds["step"] + seconds["data_wait"])
-        journal.event("end", step=trainer.step, seconds=seconds, images_per_second=rate)
+        meter.end(trainer.step)
+
+
+def _read(argv: Sequence[str]) -> Settings:
+    """The settings of a new run, or of the one that ``--run.resume`` names."""
+    about = ("python -m fastproj.train", "Pre-train an encoder on a beton.")
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        folder = value if equals else following
+        if option in ("--run.resume", "--resume") and folder.strip("-") not in ("", "null"):
+            config = RunFolder.open(folder).config
+            # ``stop_after`` was the earlier start's own.
+            return load(RUN, ["--train.stop_after", "null", *argv], *about, config=config)
+    return load(RUN, argv, *about)
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = load(RUN, argv, "python -m fastproj.train", "Pre-train an encoder on a beton.")
+    settings = _read(argv)
+    if settings.run.resume is None and settings.sources()["run.name"] == "default":
+        dist.start(choose_device(settings.run.device))  # all ranks take rank 0's time
+        stamp = dist.from_main(time.strftime("%Y%m%d-%H%M%S"))
+        name = f"{settings.run.name}-seed{settings.run.seed}-{stamp}"
+        settings = _read([*argv, f"--run.name={name}"])
     print(f"run folder: {train(settings)}")
-
-
-if __name__ == "__main__":
-    run_command(main)

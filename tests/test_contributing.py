@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from betons import digit_like, write
-from ranks import on_ranks
 
-from data_prep.encode import Store
-from fastproj import dist, journal
+from fastproj.core import dist
+from fastproj.models import PROJECTORS
 from fastproj.objective import OBJECTIVES
-from fastproj.projector import PROJECTORS
+from fastproj.prepare.encode import Store
+from fastproj.runs import journal
 from fastproj.settings import RUN, load
 from fastproj.train import train
+from tests.support.betons import digit_like, write
+from tests.support.ranks import on_ranks
 
 GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
@@ -41,7 +42,7 @@ def guide() -> dict[str, object]:
 
 def loss_of_a_share() -> torch.Tensor:
     z1, z2 = views()[:, dist.rank() * 4 : dist.rank() * 4 + 4]
-    return dist.mean(guide()["alignment_uniformity"](z1, z2, temperature=0.5))
+    return dist.mean(guide()["alignment_uniformity"](z1, z2, spread=0.5))
 
 
 def views() -> torch.Tensor:
@@ -50,7 +51,7 @@ def views() -> torch.Tensor:
 
 
 def test_the_objective_is_the_same_on_two_ranks(tables, tmp_path):
-    alone = guide()["alignment_uniformity"](*views(), temperature=0.5)
+    alone = guide()["alignment_uniformity"](*views(), spread=0.5)
     for seen in on_ranks(2, loss_of_a_share, tmp_path):
         torch.testing.assert_close(seen, alone)
 
@@ -61,8 +62,9 @@ def test_one_function_and_one_line_each(tables, tmp_path, capsys):
     beton = write(source, tmp_path, Store("raw"))
     options = {
         "data.train": beton.path, "run.dir": tmp_path, "run.name": "r", "run.device": "cpu",
-        "model.encoder": "resnet_small", "views.size": 8, "views.blur": 0,
-        "objective.name": "alignment_uniformity", "projector.kind": "bottleneck",
+        "model.encoder": "resnet_small", "views.size": 8, "views.blur_prob": 0,
+        "objective.name": "alignment_uniformity", "objective.spread": 0.7,
+        "projector.kind": "bottleneck",
         "projector.hidden": 12, "projector.out": 8, "projector.levels": 5,
         "projector.latents": 32, "matrix_information.weight": 0.1, "sparsehead.weight": 0.1,
         "optim.batch_size": 20, "optim.epochs": 2,

@@ -11,26 +11,26 @@ from statistics import median
 
 import numpy as np
 import pytest
-from betons import digit_like, write
 from torch import nn
 
-from data_prep.encode import Store
-from fastproj import journal
-from fastproj.build import build_learner
+from fastproj.prepare.encode import Store
+from fastproj.runs import journal
 from fastproj.settings import RUN, load
+from fastproj.training.build import build_learner
+from tests.support.betons import digit_like, write
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 
-JPEG, SQUARE, PADDED = 37.5e3, 3 * 160**2, 3 * 400**2  # bytes an image
-DECODE = 1000  # images/s a core
+JPEG, SQUARE, PADDED = 37.5e3, 3 * 160**2, 3 * 400**2  # bytes per image
+DECODE = 1000  # images/s per core
 SETS = {"CIFAR-10": 50_000, "STL-10": 100_000, "ImageNet-100": 126_689, "ImageNet-1k": 1_281_167}
-LINKS = {  # bytes/s through the ring's slowest place, seconds a hop
+LINKS = {  # bytes/s through the ring's slowest link, seconds per hop
     "NVLink, 450 GB/s": (450e9, 3e-6),
     "PCIe 4.0, 25 GB/s": (25e9, 5e-6),
-    "8 × 400 Gb/s a node": (400e9, 5e-6),
-    "400 Gb/s a node": (50e9, 5e-6),
-    "100 Gb/s Ethernet a node": (12.5e9, 20e-6),
+    "8 × 400 Gb/s per node": (400e9, 5e-6),
+    "400 Gb/s per node": (50e9, 5e-6),
+    "100 Gb/s Ethernet per node": (12.5e9, 20e-6),
 }
 
 

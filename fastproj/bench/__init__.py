@@ -1,4 +1,6 @@
-"""Speed of every stage beside its peers and its limit, measured in the same run, turn by turn."""
+"""Benchmarks: each stage beside its peers and its limit; all take turns within one run."""
+
+from __future__ import annotations
 
 import gc
 import sys
@@ -6,21 +8,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
+if TYPE_CHECKING:  # so that --help, which imports this file, need not import torch
+    import torch
 
-from fastproj.manifest import Beton
+    from fastproj.data.beton import Beton
 
 Role = Literal["ours", "peer", "limit"]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to do a stage's work.
+    """One implementation of a stage's work.
 
-    ``prepare()`` imports and builds what is needed and returns the call that is timed, which does
-    ``work`` units. It raises ImportError where this machine lacks the engine.
+    ``prepare()`` imports and builds everything needed and returns the function to time. One call of
+    that function does ``work`` units. ``prepare`` raises ImportError if the engine is not
+    installed.
     """
 
     name: str
@@ -32,10 +36,12 @@ class Engine:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one engine; rates in ``unit`` a second, over ``repeats`` calls.
+    """The measurement of one engine.
 
-    ``seconds`` are the median of a call, ``share`` is the median rate over the limit's. Engines
-    with one ``case`` did the same work, in turns. ``missing`` says why nothing was measured.
+    ``rate``, ``slowest`` and ``fastest`` are in ``unit`` per second: median, minimum and maximum of
+    ``repeats`` calls. ``seconds`` is a call's median time. ``share`` is ``rate`` divided by the
+    limit's. Engines with the same ``case`` did the same work in turns. ``missing`` says why nothing
+    was measured.
     """
 
     stage: str
@@ -55,7 +61,7 @@ class Row:
 
 
 class Plan(NamedTuple):
-    """What the command was given: betons to read (None: not measured), where, and how often."""
+    """The command's options; a stage that needs a beton which is None is not measured."""
 
     photos: Beton | None
     squares: Beton | None
@@ -68,9 +74,10 @@ class Plan(NamedTuple):
 def compare(
     stage: str, case: str, unit: str, engines: Sequence[Engine], warmup: int, repeats: int
 ) -> list[Row]:
-    """One row an engine, in the order given; shares are of the limit among them.
+    """Time the engines; return one row per engine, in the given order, with its share of the limit.
 
-    After each engine's warm-up they take turns, so that what else the machine does hits all alike.
+    All engines warm up first and then take turns, so that other load on the machine slows all of
+    them equally.
     """
     calls: dict[str, Callable[[], object]] = {}
     missing: dict[str, str] = {}
@@ -88,7 +95,7 @@ def compare(
         for name in calls:
             seconds[name].append(timed(calls[name]))
     calls.clear()
-    gc.collect()  # what engines leave behind is not to be collected in the next ones' time
+    gc.collect()  # otherwise the next engines' time would include collecting these
     limit = next((e.work / median(seconds[e.name]) for e in engines if e.role == "limit"), None)
     return [
         Row(stage, case, engine.name, engine.role, unit, note=engine.note,
@@ -107,7 +114,7 @@ def rates(
     seconds: Sequence[float],
     limit: float | None = None,
 ) -> Row:
-    """The row of an engine whose calls took these ``seconds``."""
+    """The row of an engine whose calls took ``seconds``."""
     rate = engine.work / median(seconds)
     return Row(
         stage,
@@ -126,10 +133,12 @@ def rates(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of ``call()`` on the wall clock; a GPU's work is waited for.
+    """Wall-clock seconds of ``call()``, with a CUDA synchronization at the end.
 
-    A call that returns a float has timed itself, in a process of its own.
+    If ``call`` returns a float, that is the time: it was measured in another process.
     """
+    import torch
+
     start = time.perf_counter()
     own = call()
     if torch.cuda.is_available():

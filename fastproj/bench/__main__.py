@@ -1,6 +1,10 @@
-"""Command: ``python -m fastproj.bench STAGE``: a table, a JSON file and a picture beside it."""
+"""``python -m fastproj.bench STAGE``: print a table, write a JSON file and a picture beside it."""
 
-import importlib.metadata
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from fastproj.__main__ import main as run
+
+    run("bench")
+
 import json
 import sys
 import time
@@ -26,12 +30,12 @@ from fastproj.bench import (
 )
 from fastproj.bench.images import describe
 from fastproj.bench.picture import draw
-from fastproj.device import choose_device
-from fastproj.errors import SettingError, run_command
-from fastproj.journal import environment
-from fastproj.machine import cores, keep_freed_memory
-from fastproj.manifest import open_beton
-from fastproj.settings import BENCH, Settings, load
+from fastproj.core.device import choose_device
+from fastproj.core.errors import SettingError
+from fastproj.core.machine import cores, keep_freed_memory
+from fastproj.data.beton import open_beton
+from fastproj.runs.environment import environment, installed
+from fastproj.settings import BENCH, BenchSettings, load
 
 STAGES: dict[str, Callable[[Plan], list[Row]]] = {
     "decode": decode.run,
@@ -49,29 +53,29 @@ PEERS = {"dali": "nvidia-dali-cuda120", "spdl": "spdl", "kornia": "kornia", "lig
          "simplejpeg": "simplejpeg", "scikit-learn": "scikit-learn"}  # fmt: skip
 
 
-def bench(stage: str, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure a stage, or ``all``: after each, what the JSON file holds by then.
+def bench(stage: str, settings: BenchSettings) -> Iterator[dict[str, Any]]:
+    """Measure one stage, or ``all``; after each stage yield the JSON file's content so far.
 
-    No path of this machine is in it.
+    The content has no paths of this machine.
     """
     given = settings.bench
     betons = {name: getattr(given, name) and open_beton(getattr(given, name)) for name in SETS}
     device = choose_device(given.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as fastproj.train does; for the peers as well
+        keep_freed_memory()  # as in fastproj.train; it applies to the peers too
     plan = Plan(**betons, device=device, workers=min(given.workers or cores(), cores()),
                 repeats=given.repeats)  # fmt: skip
     missing = [name for name in SETS if betons[name] is None]
     if missing:
-        print(f"not measured: what needs {', '.join(missing)} (give --bench.NAME BETON)")
-    told = environment()
-    del told["command"]  # it names this machine's files; the settings say the rest
-    told["packages"] |= {name: _version(package) for name, package in PEERS.items()}
+        print(f"not measured: stages that need {', '.join(missing)} (give --bench.NAME BETON)")
+    described = environment()
+    del described["command"]  # it has paths of this machine; "settings" has the rest
+    described["packages"] |= {name: installed(package) for name, package in PEERS.items()}
     result: dict[str, Any] = {
         "stage": stage,
         "time": time.time(),
         "threads": torch.get_num_threads(),
-        "environment": told,
+        "environment": described,
         "settings": {
             "device": device.type,
             "workers": plan.workers,
@@ -87,7 +91,7 @@ def bench(stage: str, settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Aligned text: the rates of each engine, its share of the limit, and what is missing."""
+    """The rows as an aligned text table."""
     head = ("stage", "case", "engine", "", "rate", "slowest", "fastest", "unit", "n", "share",
             "peak", "note")  # fmt: skip
     cells = [head, *(_cells(row) for row in rows)]
@@ -111,19 +115,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def number(rate: float) -> str:
-    """Three digits, or whole: 0.0421, 12.3, 25,389."""
+    """Three significant digits, or a whole number from 100: 0.0421, 12.3, 25,389."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main(argv: Sequence[str]) -> None:
-    """Measure what the first word names, with the settings that follow it."""
+    """Measure the stage that the first argument names; settings follow it."""
     names = (*STAGES, "all")
     stage, *rest = argv or ["all"]
     if stage.startswith("-"):
@@ -140,7 +137,3 @@ def main(argv: Sequence[str]) -> None:
     print(table(result["rows"]))
     draw(result["rows"], out.with_suffix(".svg"))
     print(f"written: {out} and {out.with_suffix('.svg')}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main)

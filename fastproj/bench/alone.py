@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: its first moments, and the memory it takes at most."""
+"""Run a measurement in a new process: for start-up times and peak memory."""
 
 import importlib
 import json
@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from fastproj.errors import InputError
+from fastproj.core.errors import InputError
 
 
 def alone(function: Callable[..., Any], **given: Any) -> Any:
-    """``function(**given)`` in a new process with this one's count of threads.
+    """Return ``function(**given)``, run in a new process with this process's number of threads.
 
-    The function must be a module's own; what it takes and returns goes through JSON. Raises
-    InputError with the process's last words where it fails.
+    The function must be defined at module level; arguments and result are passed as JSON. Raises
+    InputError with the end of the process's stderr if it fails.
     """
-    given = {"module": function.__module__, "name": function.__name__,
-             "threads": torch.get_num_threads(), "given": given}  # fmt: skip
+    job = {"module": function.__module__, "name": function.__name__,
+           "threads": torch.get_num_threads(), "given": given}  # fmt: skip
     child = subprocess.run(
-        [sys.executable, "-m", "fastproj.bench.alone", json.dumps(given)],
+        [sys.executable, "-m", "fastproj.bench.alone", json.dumps(job)],
         capture_output=True, text=True,
     )  # fmt: skip
     if child.returncode:
@@ -31,10 +31,10 @@ def alone(function: Callable[..., Any], **given: Any) -> Any:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` resident now, ``VmHWM`` at most so far, ``RssAnon`` now but
-    for mapped files.
+    """Resident memory of this process in bytes.
 
-    Not ``ru_maxrss``: a child's begins at its parent's.
+    ``field``: ``VmRSS`` now, ``VmHWM`` the peak so far, ``RssAnon`` now without mapped files. We do
+    not use ``ru_maxrss``, because a child inherits its parent's.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -42,8 +42,8 @@ def memory(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux")
 
 
-if __name__ == "__main__":  # as alone() starts it
-    asked = json.loads(sys.argv[1])
-    torch.set_num_threads(asked["threads"])
-    function = getattr(importlib.import_module(asked["module"]), asked["name"])
-    print(json.dumps(function(**asked["given"])))
+if __name__ == "__main__":  # started by alone()
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    function = getattr(importlib.import_module(job["module"]), job["name"])
+    print(json.dumps(function(**job["given"])))

@@ -1,14 +1,15 @@
-"""From stored JPEGs to two SimCLR views an image as floats: all that comes before a model."""
+"""The whole input pipeline: stored JPEGs to two SimCLR views per image, as floats for the model."""
 
 from collections.abc import Callable
 
 import torch
 
+from fastproj.augment.draw import PRESETS
+from fastproj.augment.views import Augmentation
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
 from fastproj.bench.images import several_times
+from fastproj.data.beton import Beton
 from fastproj.loaders import Crop, open_loader
-from fastproj.manifest import Beton
-from fastproj.views import PRESETS, Views
 
 SIMCLR = PRESETS["simclr"]
 
@@ -16,8 +17,10 @@ SIMCLR = PRESETS["simclr"]
 def run(
     plan: Plan, images: int = 1500, few: int = 200, size: int = 224, batch: int = 64
 ) -> list[Row]:
-    """The preset ``simclr``, blur included, at ``size`` pixels. A call of the slow peers does only
-    ``few`` images."""
+    """The preset ``simclr``, including blur, at ``size`` pixels.
+
+    Our engine and the limit process ``images`` images per call, the slow peers only ``few``.
+    """
     if plan.photos is None:
         return []
     many, some = several_times(plan.photos, images), several_times(plan.photos, few)
@@ -44,8 +47,8 @@ def _ours(plan: Plan, beton: Beton, size: int, batch: int) -> Callable[[], objec
         beton, [Crop(size, len(SIMCLR))], batch, device=plan.device, engine="stream",
         workers=plan.workers,
     )  # fmt: skip
-    views = Views(SIMCLR, peers.MEAN, peers.STD).to(plan.device)
-    views.compile()  # for a GPU: a CPU has augment
+    views = Augmentation(SIMCLR, peers.MEAN, peers.STD).to(plan.device)
+    views.compile()  # for a GPU; a CPU uses native code
     generator = torch.Generator(plan.device).manual_seed(0)
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""From stored JPEGs to batches that a device can crop: on the host, pinned where there is a GPU."""
+"""Decoding: stored JPEGs to host batches that a device can crop (pinned memory for a GPU)."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,18 +8,18 @@ import torch
 
 from fastproj.bench import Engine, Plan, Row, compare, limits
 from fastproj.bench.images import several_times
+from fastproj.data.beton import Beton
 from fastproj.loaders import Crop
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.fill import Fill
 from fastproj.loaders.order import Order
 from fastproj.loaders.stream import AHEAD
-from fastproj.manifest import Beton
 
 
 def run(plan: Plan, images: int = 3000, size: int = 224, batch: int = 64) -> list[Row]:
-    """What the engine ``stream`` does on the host where a device crops two boxes an image.
+    """The host's part of the engine ``stream`` when a device crops two boxes per image.
 
-    Every batch is owned: memory of its own, padded to its largest image.
+    Every batch has its own memory, padded to its largest image.
     """
     if plan.photos is None:
         return []

@@ -1,4 +1,4 @@
-"""A training step of the sparse head, beside plain autograd doing the same: time and memory."""
+"""A training step of the sparse head beside the same step in plain autograd: time and memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fastproj.bench import Engine, Plan, Role, Row, compare, limits, timed
 from fastproj.bench.alone import alone, memory
-from fastproj.optim import Lars, parameter_groups
-from fastproj.sparse import Sparse
+from fastproj.models.sparse import Sparse
+from fastproj.training.optim import Lars, parameter_groups
 
 PAPER = (512, 100_000, 512, 1000)  # features, latents, out, k
 
 
 class Plain(nn.Module):
-    """The formula of ``Sparse`` as one writes it: ReLU, top-k, a mask, a matrix product."""
+    """``Sparse`` written in plain torch: ReLU, top-k, a mask, a matrix product."""
 
     def __init__(self, features: int, latents: int, out: int, k: int) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 
 
 def run(plan: Plan, rows: int = 512, sizes: Sequence[int] = PAPER) -> list[Row]:
-    """Forward, backward and a step of LARS, float32; the unit is one row of features.
+    """Forward pass, backward pass and a LARS step in float32; the unit is one row of features.
 
-    ``peak_bytes`` is the most memory at once beyond what the process began with, of a step in a
-    process of its own: resident on a CPU, in tensors on a GPU. It holds the weights, their
-    gradients, and LARS's momentum and updates: four times the weights. The limit is the encoder's
-    product, once, which is a forward pass's alone.
+    ``peak_bytes`` is the peak memory of a step in a new process, minus the memory at its start:
+    resident memory on a CPU, tensors on a GPU. It includes weights, gradients, LARS's momentum and
+    updates, together four times the weights. The limit is a single matrix product: the encoder's
+    in the forward pass.
     """
     features, latents, out, k = sizes
     roles: tuple[Role, Role] = ("ours", "peer")
@@ -67,7 +67,7 @@ def _with_peak(row: Row, rows: int, sizes: Sequence[int], plan: Plan) -> Row:
 def measured(
     name: str, rows: int, sizes: Sequence[int], device: str, repeats: int
 ) -> dict[str, Any]:
-    """``seconds`` of steps and the ``peak_bytes`` of all, in this process; one and ``repeats``."""
+    """Run 1 + ``repeats`` steps in this process: ``seconds`` of each, ``peak_bytes``, ``work``."""
     stepper(name, 4, (8, 64, 8, 2), torch.device(device))()  # loads libraries, compiles kernels
     before = memory("VmRSS")
     step = stepper(name, rows, sizes, torch.device(device))
@@ -77,18 +77,18 @@ def measured(
 
 
 def stepper(name: str, rows: int, sizes: Sequence[int], device: torch.device) -> Callable[[], None]:
-    """One training step of a head of HEADS, as a function."""
+    """A function that does one training step of the head ``HEADS[name]``."""
     features, _, out, _ = sizes
     torch.manual_seed(0)
     head = HEADS[name](*sizes).to(device)
-    optimiser = Lars(parameter_groups([head], 1e-4), lr=0.1)
+    optimizer = Lars(parameter_groups([head], 1e-4), lr=0.1)
     x = torch.randn(rows, features, device=device, requires_grad=True)
     grad = torch.randn(rows, out, device=device)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         head(x).backward(grad)
-        optimiser.step()
+        optimizer.step()
 
     return step
 

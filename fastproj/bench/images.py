@@ -1,4 +1,4 @@
-"""The images that engines are compared on: a beton gone through often enough, or as files."""
+"""The images to measure on: a beton repeated to be long enough, or its JPEGs as files."""
 
 import base64
 import dataclasses
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.manifest import JPEG, Beton
+from fastproj.data.beton import Beton
+from fastproj.data.layout import JPEG
 
 
 def several_times(beton: Beton, images: int) -> Beton:
-    """The same file with its samples listed again until they are at least ``images``.
+    """The beton with its samples repeated until there are at least ``images``.
 
-    Each has an index of its own, so that each draws crops of its own.
+    Every repetition has its own index and therefore its own crops.
     """
     times = -(-images // len(beton))
 
@@ -44,7 +45,7 @@ def several_times(beton: Beton, images: int) -> Beton:
 
 
 def describe(beton: Beton) -> dict[str, Any]:
-    """What a reader of the figures must know of a beton, and nothing of where it lies."""
+    """The properties of a beton that affect a measurement, without its path."""
     manifest = beton.manifest
     return {
         "dataset": manifest.dataset,
@@ -64,7 +65,7 @@ def are_jpegs(beton: Beton) -> bool:
 
 @contextmanager
 def as_files(beton: Beton) -> Iterator[list[str]]:
-    """The stored JPEGs as files of a temporary folder, in order: for peers that read files."""
+    """Write the stored JPEGs to a temporary folder, in order, for peers that read files."""
     with TemporaryDirectory(prefix="fastproj-") as folder:
         files = [Path(folder) / f"{position:06d}.jpg" for position in range(len(beton))]
         for position, file in enumerate(files):

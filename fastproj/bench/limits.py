@@ -1,4 +1,4 @@
-"""What no engine can be faster than: the one part of its work that cannot be left out."""
+"""Limits: the part of a stage's work that no engine can avoid, and nothing else."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastproj.bench import Engine
-from fastproj.manifest import Beton
+from fastproj.data.beton import Beton
 
 
 def decode(beton: Beton, workers: int) -> Engine:
-    """libjpeg-turbo decoding every image whole on ``workers`` threads, and nothing else."""
+    """Decode every whole image with libjpeg-turbo on ``workers`` threads."""
 
     def part(positions: np.ndarray) -> None:
         size = int((beton.width * beton.height).max()) * 3
@@ -29,7 +29,7 @@ def decode(beton: Beton, workers: int) -> Engine:
 
 
 def copy(shape: Sequence[int], device: torch.device, batch: int, images: int) -> Engine:
-    """uint8 batches of this shape copied on the device, as many as hold ``images``."""
+    """Copy uint8 batches of ``shape`` within the device, as many as ``images`` images fill."""
     times = -(-images // batch)
 
     def prepare() -> Callable[[], object]:
@@ -46,7 +46,7 @@ def copy(shape: Sequence[int], device: torch.device, batch: int, images: int) ->
 
 
 def convert(crops: Tensor) -> Engine:
-    """One pass over the same bytes: uint8 read, float32 written."""
+    """One pass over the crops: read uint8, write float32."""
     out = torch.zeros(crops.shape, device=crops.device).contiguous(
         memory_format=torch.channels_last
     )

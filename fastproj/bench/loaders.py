@@ -1,21 +1,21 @@
-"""From stored images to two uint8 crops an image: each engine beside its peers and its limit."""
+"""Loaders: stored images to two uint8 crops per image, beside peers and the limit."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
 from fastproj.bench.images import are_jpegs, as_files, drain, several_times
+from fastproj.data.beton import Beton
 from fastproj.loaders import Crop, open_loader
 from fastproj.loaders.resident import is_uniform
-from fastproj.manifest import Beton
 
 VIEWS = 2
 
 
 def run(plan: Plan, images: int = 3000, photo: int = 224, small: int = 32) -> list[Row]:
-    """Cases: the jpeg and the square store at ``photo`` pixels, raw small images at ``small``.
+    """Three cases: JPEG and square store with crops of ``photo`` pixels, raw images with ``small``.
 
-    A call is an epoch of at least ``images``: long enough that starting workers hardly counts.
+    One call is an epoch of at least ``images`` images, so the time to start workers hardly counts.
     """
     rows = []
     for beton, size, batch in (
@@ -40,7 +40,7 @@ def _case(plan: Plan, beton: Beton, size: int, batch: int) -> list[Row]:
         ),
         Engine(
             "FFCV", "peer", len(beton), lambda: peers.ffcv(beton, size, batch, workers),
-            "a pass a view; nearest neighbour where it enlarges",
+            "one pass per view; nearest neighbor where it enlarges",
         ),
     ]  # fmt: skip
     with ExitStack() as stack:
@@ -50,7 +50,8 @@ def _case(plan: Plan, beton: Beton, size: int, batch: int) -> list[Row]:
                 Engine("DALI from files", "peer", len(beton),
                        lambda: peers.dali_files(files, size, batch, workers)),
                 Engine("SPDL from files", "peer", len(beton),
-                       lambda: peers.spdl_files(files, size, batch, workers), "a decode a view"),
+                       lambda: peers.spdl_files(files, size, batch, workers),
+                       "one decode per view"),
             ]  # fmt: skip
             limit = limits.decode(beton, workers)
         else:
@@ -65,7 +66,7 @@ def _ours(
 ) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
         if name == "dali":
-            import nvidia.dali  # noqa: F401  # missing here is no failure of the benchmark
+            import nvidia.dali  # noqa: F401  # ImportError here: reported as missing
         loader = open_loader(
             beton, [Crop(size, VIEWS)], batch, device=plan.device, engine=name,
             workers=plan.workers, drop_last=False,

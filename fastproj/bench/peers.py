@@ -1,6 +1,6 @@
-"""Other people's pipelines, used as their own documentation does.
+"""Other libraries' pipelines, used as in their own documentation.
 
-Each reads two random resized crops an image. A call goes once through the images it is given.
+Each reads two random resized crops per image. One call goes through all given images once.
 """
 
 import io
@@ -15,23 +15,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as tv
 
+from fastproj.augment.draw import View
 from fastproj.bench.images import drain
-from fastproj.manifest import Beton
-from fastproj.views import View
+from fastproj.data.beton import Beton
 
 Call = Callable[[], object]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-TAPS = 13  # of a Gaussian blur: torchvision and kornia want a size; ours reaches as far
+TAPS = 13  # of a Gaussian blur, for torchvision and kornia; ours has as many
 
 
 def ffcv(beton: Beton, size: int, batch: int, workers: int) -> Call:
-    """FFCV's loader and crop: it has no second view, so it goes through the set once a view."""
+    """FFCV's loader and crop. It gives one view only, so it goes through the set once per view."""
     batches = ffcv_loader(beton, size, batch, workers)
     return lambda: drain(chain(batches, batches))
 
 
 def ffcv_loader(beton: Beton, size: int, batch: int, workers: int) -> Iterable[object]:
-    """FFCV as its examples use it, without the copy that owning a batch would take."""
+    """FFCV as its examples use it; its batches are not copied, so the next one overwrites them."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
@@ -51,7 +51,7 @@ def ffcv_loader(beton: Beton, size: int, batch: int, workers: int) -> Iterable[o
 
 
 def dali_files(files: Sequence[str], size: int, batch: int, workers: int) -> Call:
-    """DALI reading files: each decoded once, both crops cut from it."""
+    """DALI reading files: it decodes each file once and takes both crops from it."""
     from nvidia.dali import fn, pipeline_def
 
     gpu = torch.cuda.is_available()
@@ -74,21 +74,21 @@ def dali_files(files: Sequence[str], size: int, batch: int, workers: int) -> Cal
 
 
 def spdl_files(files: Sequence[str], size: int, batch: int, workers: int) -> Call:
-    """SPDL reading files: decoded by FFmpeg once a view, which crops and scales in its filters."""
+    """SPDL reading files: FFmpeg decodes once per view, then crops and scales with its filters."""
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
     try:
         spdl.io.demux_image(files[0])
-    except RuntimeError as error:  # its wheel brings no FFmpeg
-        raise ImportError("SPDL finds no shared libraries of FFmpeg") from error
+    except RuntimeError as error:  # its wheel does not include FFmpeg
+        raise ImportError("SPDL does not find FFmpeg's shared libraries") from error
     box = tv.RandomResizedCrop(size).get_params
     scale, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
 
     def two_crops(file: str) -> list[Any]:
         packets = spdl.io.demux_image(file)
         height, width = packets.height, packets.width
-        image = torch.empty(0, height, width)  # for its shape alone
+        image = torch.empty(0, height, width)  # only its shape is used
         frames = []
         for source in (packets.clone(), packets):
             top, left, h, w = box(image, scale, ratio)
@@ -123,9 +123,9 @@ def data_loader(
     beton: Beton, transform: Callable[[Any], Any], decode: Callable[[np.ndarray], Any],
     batch: int, workers: int,
 ) -> Call:  # fmt: skip
-    """torch's DataLoader: ``transform(decode(stored bytes))`` gives one view, worker processes two.
+    """torch's DataLoader with worker processes: per image one ``decode`` and two ``transform``.
 
-    Workers stay alive from one call to the next.
+    Workers stay alive between calls.
     """
     loader = DataLoader(
         _TwoViews(beton, transform, decode),
@@ -166,9 +166,9 @@ def torchvision_decode(stored: np.ndarray) -> Tensor:
 
 
 def torchvision_views(view: View, size: int | None = None) -> tv.Compose:
-    """torchvision's v2 transforms of an image, uint8 (3, H, W) or Pillow's, to float32 (3, h, w).
+    """torchvision's v2 transforms: uint8 (3, H, W) or a Pillow image to float32 (3, h, w).
 
-    A random resized crop to ``size`` comes first where one is given.
+    If ``size`` is given, a random resized crop comes first.
     """
     jitter = tv.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     crop = [tv.RandomResizedCrop(size, antialias=True)] if size else []
@@ -177,25 +177,25 @@ def torchvision_views(view: View, size: int | None = None) -> tv.Compose:
             *crop,
             tv.ToImage(),
             tv.ToDtype(torch.float32, scale=True),
-            tv.RandomHorizontalFlip(view.flip),
-            tv.RandomApply([jitter], view.jitter),
-            tv.RandomGrayscale(view.gray),
-            tv.RandomApply([tv.GaussianBlur(TAPS, view.sigma)], view.blur),
+            tv.RandomHorizontalFlip(view.flip_prob),
+            tv.RandomApply([jitter], view.jitter_prob),
+            tv.RandomGrayscale(view.gray_prob),
+            tv.RandomApply([tv.GaussianBlur(TAPS, view.sigma)], view.blur_prob),
             tv.Normalize(MEAN, STD),
         ]
     )
 
 
 def pillow_views(view: View, size: int) -> tv.Compose:
-    """The same on Pillow's images, of which only the blurred and normalised ones are tensors."""
+    """The same on Pillow images; only the blur and the normalization use tensors."""
     jitter = tv.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return tv.Compose(
         [
             tv.RandomResizedCrop(size),
-            tv.RandomHorizontalFlip(view.flip),
-            tv.RandomApply([jitter], view.jitter),
-            tv.RandomGrayscale(view.gray),
-            tv.RandomApply([tv.GaussianBlur(TAPS, view.sigma)], view.blur),
+            tv.RandomHorizontalFlip(view.flip_prob),
+            tv.RandomApply([jitter], view.jitter_prob),
+            tv.RandomGrayscale(view.gray_prob),
+            tv.RandomApply([tv.GaussianBlur(TAPS, view.sigma)], view.blur_prob),
             tv.ToImage(),
             tv.ToDtype(torch.float32, scale=True),
             tv.Normalize(MEAN, STD),
@@ -204,23 +204,23 @@ def pillow_views(view: View, size: int) -> tv.Compose:
 
 
 def lightly_views(size: int) -> Any:
-    """lightly's SimCLR transform of one view with its own defaults, which are ``simclr``'s."""
+    """lightly's SimCLR transform of one view; its defaults equal our preset ``simclr``."""
     from lightly.transforms.simclr_transform import SimCLRViewTransform
 
     return SimCLRViewTransform(input_size=size)
 
 
 def kornia_views(view: View) -> Any:
-    """kornia's transforms of a float batch (N, 3, h, w)."""
+    """kornia's transforms for a float batch (N, 3, h, w)."""
     import kornia.augmentation as kornia
 
     return kornia.AugmentationSequential(
-        kornia.RandomHorizontalFlip(p=view.flip),
+        kornia.RandomHorizontalFlip(p=view.flip_prob),
         kornia.ColorJitter(
-            view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter
+            view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter_prob
         ),
-        kornia.RandomGrayscale(p=view.gray),
-        kornia.RandomGaussianBlur((TAPS, TAPS), view.sigma, p=view.blur),
+        kornia.RandomGrayscale(p=view.gray_prob),
+        kornia.RandomGaussianBlur((TAPS, TAPS), view.sigma, p=view.blur_prob),
         kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
         data_keys=["input"],
     )

@@ -1,4 +1,4 @@
-"""A grid of linear probes: all in one pass, one by one, and scikit-learn on the same features."""
+"""A grid of linear probes: all in one pass, one by one, and with scikit-learn."""
 
 from collections.abc import Callable
 from itertools import product
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastproj.bench import Engine, Plan, Row, compare, limits
-from fastproj.probe import fit
+from fastproj.evaluation.probes import fit
 
 RATES, DECAYS = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
 BATCH = 256
@@ -16,17 +16,17 @@ BATCH = 256
 def run(
     plan: Plan, images: int = 10_000, features: int = 512, classes: int = 10, epochs: int = 20
 ) -> list[Row]:
-    """``images`` rows of ``features``, drawn around a centre a class; the unit is a trained probe.
+    """Train on ``images`` random rows, one Gaussian per class; the unit is one trained probe.
 
-    One by one, and with scikit-learn, a call trains two of the grid. scikit-learn's
-    ``LogisticRegression`` (lbfgs) stops where it has converged, after other arithmetic than SGD's.
+    One by one, and with scikit-learn, a call trains only two probes of the grid. scikit-learn's
+    ``LogisticRegression`` uses lbfgs, not SGD, and stops when it has converged.
     """
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(images) % classes
-    centres = torch.randn(classes, features, generator=generator)
+    centers = torch.randn(classes, features, generator=generator)
     x = torch.randn(images, features + 1, generator=generator) * 4
-    x[:, :-1] += centres[y]
-    x[:, -1] = 1  # the bias's column
+    x[:, :-1] += centers[y]
+    x[:, -1] = 1  # the bias column
     x, y = x.to(plan.device), y.to(plan.device)
     grid = list(product(RATES, DECAYS))
     rows, few = torch.arange(images, device=plan.device), grid[::8]

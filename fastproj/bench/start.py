@@ -1,4 +1,4 @@
-"""From a loader being built to its first batch, in a fresh process each: what a start costs."""
+"""Start-up: the time from building a loader to its first batch, in a new process each time."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,10 +11,10 @@ import psutil
 
 from fastproj.bench import Engine, Plan, Role, Row, compare, peers
 from fastproj.bench.alone import alone
+from fastproj.data.beton import open_beton
 from fastproj.loaders import Crop, open_loader
-from fastproj.manifest import open_beton
 
-# Name, role, the engine of open_loader (none: FFCV's own), what it imports beside torch.
+# Name, role, engine of open_loader (None: FFCV's own loader), the module it imports besides torch.
 ENGINES: tuple[tuple[str, Role, str | None, str], ...] = (
     ("stream", "ours", "stream", "simplejpeg"),
     ("dali", "ours", "dali", "nvidia.dali"),
@@ -24,10 +24,10 @@ ENGINES: tuple[tuple[str, Role, str | None, str], ...] = (
 
 
 def run(plan: Plan, size: int = 224, batch: int = 64, repeats: int = 3) -> list[Row]:
-    """The unit is one start. A process of each engine runs before, so that caches are warm.
+    """The unit is one start. One process per engine runs first, unmeasured, to warm the caches.
 
-    Python's start and the imports are in no rate: they stand in the notes. FFCV is timed to the
-    first batch of one view, and would need as long again for the other.
+    Rates exclude Python's start and the imports; the notes give these. FFCV is timed to the first
+    batch of one view; it would need as long again for the second view.
     """
     if plan.photos is None:
         return []
@@ -67,7 +67,7 @@ def _process(
 def first_batch(
     path: str, engine: str | None, size: int, batch: int, workers: int, device: str
 ) -> tuple[float, float]:
-    """Seconds of this process until all is imported, and from then to the first batch."""
+    """Seconds from the start of this process to the end of its imports, and then to the batch."""
     beton = open_beton(path)
     if engine == "dali":
         import nvidia.dali.plugin.pytorch  # noqa: F401

@@ -1,4 +1,4 @@
-"""Training as it is done, beside the same step on data that is ready: what the loader costs."""
+"""Training steps with a loader beside the same steps on ready data: the cost of loading."""
 
 import time
 from collections.abc import Callable
@@ -6,37 +6,49 @@ from dataclasses import replace
 from itertools import islice
 from statistics import median
 
-from fastproj import dist
-from fastproj.bench import Engine, Plan, Row, compare
-from fastproj.loaders import open_loader
-from fastproj.loaders.resident import is_uniform
-from fastproj.settings import RUN, load
-from fastproj.trainer import Trainer
+import torch
 
-STEPS = {"cpu": 4, "cuda": 80}  # a call: seconds, so that the first batch's wait counts as little
-TURNS = 5  # for each that was asked for: what is looked for is less than a shared host's noise
+from fastproj.augment.draw import PRESETS
+from fastproj.augment.views import Augmentation
+from fastproj.bench import Engine, Plan, Row, compare
+from fastproj.data.beton import Beton
+from fastproj.loaders import Crop, Loader, open_loader
+from fastproj.loaders.resident import is_uniform
+from fastproj.models.encoders import build_encoder
+from fastproj.models.projector import build_projector
+from fastproj.objective import build_objective
+from fastproj.training.learner import Learner
+from fastproj.training.optim import build_optimizer, parameter_groups, probe_group
+from fastproj.training.trainer import Trainer
+
+STEPS = {"cpu": 4, "cuda": 80}  # per call; it takes seconds, so the first batch's wait is small
+TURNS = 5  # per requested repeat, because a shared host's noise exceeds the difference
+CROPS = [Crop(32, 2, (0.08, 1.0))]
 
 
 def run(
     plan: Plan, batch: int = 256, encoder: str = "resnet_small", steps: int | None = None
 ) -> list[Row]:
-    """SimCLR on crops of 32 pixels: steps through each engine, from a fresh iterator on, and the
-    same steps on one batch again and again.
+    """SimCLR on crops of 32 pixels: steps with each engine from a new iterator, then the limit.
 
-    All take turns on one trainer, so model, optimiser and thread pools are the same.
+    The limit repeats the same steps on one batch. All take turns on one trainer, so they share
+    model, optimizer and thread pools.
     """
-    if plan.small is None:
+    beton = plan.small
+    if beton is None:
         return []
     count = steps or STEPS[plan.device.type]
-    given = {"data.train": plan.small.path, "data.workers": plan.workers, "views.size": 32,
-             "model.encoder": encoder, "optim.batch_size": batch,
-             "run.device": plan.device.type}  # fmt: skip
-    settings = load(RUN, [f"--{name}={value}" for name, value in given.items()], "bench", "")
-    trainer = Trainer(settings, dist.Rank(0, 1, 0), plan.device)
+
+    def loader(engine: str) -> Loader:
+        return open_loader(
+            beton, CROPS, batch, device=plan.device, engine=engine, workers=plan.workers
+        )
+
+    trainer = simclr(beton, loader("auto"), encoder)
     waits: dict[str, list[float]] = {}
     engines = [
-        Engine(name, "ours", count * batch, _trained(trainer, name, count, waits, plan.workers))
-        for name in ["resident"] * is_uniform(plan.small) + ["stream"]
+        Engine(name, "ours", count * batch, _trained(trainer, loader, name, count, waits))
+        for name in ["resident"] * is_uniform(beton) + ["stream"]
     ]
     ready = Engine("the step on ready data", "limit", count * batch, _ready(trainer, count))
     case = f"{encoder}, SimCLR, 32 px, batch {batch}"
@@ -50,14 +62,31 @@ def run(
     ]
 
 
+def simclr(beton: Beton, loader: Loader, encoder: str) -> Trainer:
+    """A trainer of SimCLR with the default projector, LARS and the online probe."""
+    torch.manual_seed(0)
+    body = build_encoder(encoder, "cifar")
+    head = build_projector(
+        "mlp", body.num_features, hidden=2048, out=256, depth=2, batch_norm=False, dropout=0.0,
+        latents=None, k=0.01, levels=None,
+    )  # fmt: skip
+    objective = build_objective("simclr", head.out_features, temperature=0.2)
+    learner = Learner(body, head, objective, len(beton.classes)).to(loader.device)
+    groups = [*parameter_groups([body, head], 1e-4), probe_group(learner.probe, 0.1)]
+    optimizer = build_optimizer("lars", groups, lr=0.4, momentum=0.9, trust_coefficient=0.02)
+    views = Augmentation(PRESETS["simclr"], beton.manifest.mean, beton.manifest.std)
+    return Trainer(learner, loader, optimizer, [views], compile=loader.device.type == "cuda")
+
+
 def _trained(
-    trainer: Trainer, engine: str, count: int, waits: dict[str, list[float]], workers: int
+    trainer: Trainer,
+    open_engine: Callable[[str], Loader],
+    engine: str,
+    count: int,
+    waits: dict[str, list[float]],
 ) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
-        loader = open_loader(
-            trainer.beton, trainer.loader.groups, trainer.settings.optim.batch_size,
-            device=trainer.device, engine=engine, workers=workers,
-        )  # fmt: skip
+        loader = open_engine(engine)
         waits[engine] = []
 
         def call() -> None:

@@ -1,4 +1,4 @@
-"""The augmentation of ready crops: our ways beside peers doing the same."""
+"""Views: the augmentation of ready crops, by our implementations and by peers."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from fastproj.augment.draw import PRESETS, Params
+from fastproj.augment.views import Augmentation
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
+from fastproj.data.beton import Beton
 from fastproj.loaders import Crop, open_loader
-from fastproj.manifest import Beton
-from fastproj.views import PRESETS, Params, Views
 
 SIMCLR = PRESETS["simclr"]
-# (set, pixels, images a batch, images of those who go one by one: fewer give the same rate)
+# (set, pixels, images per batch, images for peers that process one by one: fewer, same rate)
 CASES = (("small", 32, 512, 64), ("photos", 224, 32, 8))
 
 
 def run(plan: Plan, cases: Sequence[tuple[str, int, int, int]] = CASES) -> list[Row]:
-    """Two views of a batch of a set's uint8 crops with the preset ``simclr``; the unit is one view.
+    """Two views per image of a batch of uint8 crops, preset ``simclr``; the unit is one view.
 
-    Each engine's time includes drawing its parameters.
+    Each engine's time includes sampling its parameters.
     """
     rows = []
     for name, size, batch, few in cases:
@@ -32,13 +33,13 @@ def run(plan: Plan, cases: Sequence[tuple[str, int, int, int]] = CASES) -> list[
         )  # fmt: skip
         crops = next(iter(loader)).crops[0].clone(memory_format=torch.preserve_format)
         some = crops[: 2 * few]
-        ours = {"chain": Views.chain, "chain, compiled": Views.chain}
+        ours = {"chain": Augmentation.chain, "chain, compiled": Augmentation.chain}
         if plan.device.type == "cpu":
-            ours = {"augment": Views.forward, **ours}
+            ours = {"augment": Augmentation.forward, **ours}
         engines = [
             *(Engine(name, "ours", len(crops), _ours(crops, way, name.endswith("compiled")))
               for name, way in ours.items()),
-            Engine("kornia", "peer", len(crops), _kornia(crops), "one jitter order a batch"),
+            Engine("kornia", "peer", len(crops), _kornia(crops), "one jitter order per batch"),
             Engine("torchvision", "peer", len(some), _torchvision(some), "v2, one by one"),
             Engine("lightly", "peer", len(some), _lightly(some, size), "Pillow, one by one"),
             limits.convert(crops),
@@ -49,10 +50,10 @@ def run(plan: Plan, cases: Sequence[tuple[str, int, int, int]] = CASES) -> list[
 
 
 def _ours(
-    crops: Tensor, way: Callable[[Views, Tensor, Params], Tensor], compiled: bool
+    crops: Tensor, way: Callable[[Augmentation, Tensor, Params], Tensor], compiled: bool
 ) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
-        views = Views(SIMCLR, peers.MEAN, peers.STD).to(crops.device)
+        views = Augmentation(SIMCLR, peers.MEAN, peers.STD).to(crops.device)
         if compiled:
             views.compile()
         generator = torch.Generator(crops.device).manual_seed(0)
@@ -79,7 +80,7 @@ def _torchvision(crops: Tensor) -> Callable[[], Callable[[], object]]:
 
 def _lightly(crops: Tensor, size: int) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
-        _, *rest = peers.lightly_views(size).transform.transforms  # all but its crop
+        _, *rest = peers.lightly_views(size).transform.transforms  # all except its crop
         pictures = [tv.to_pil_image(crop.cpu()) for crop in crops]
 
         def one(picture: object) -> Tensor:

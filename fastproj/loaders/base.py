@@ -1,4 +1,4 @@
-"""What every engine gives: batches of uint8 crops, and a cursor that a checkpoint can keep."""
+"""What every engine provides: batches of uint8 crops, and a cursor that a checkpoint saves."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastproj.data.beton import Beton
 from fastproj.loaders.boxes import Center, Crop, draw
 from fastproj.loaders.order import Order
-from fastproj.manifest import Beton
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input, owned by whoever receives it: nothing is overwritten behind them.
+    """One step's input. The receiver owns it: no engine overwrites it later.
 
-    ``crops``: for each crop group uint8 (views·B, 3, size, size) in channels-last memory on the
-    device, view-major (all of view 1, then all of view 2). ``labels``, ``index``: int64 (B,).
+    ``crops``: one tensor per crop size, uint8 (views·B, 3, size, size) in channels-last memory on
+    the device, view-major (all of view 1, then all of view 2). ``labels``, ``index``: int64 (B,).
     """
 
     crops: tuple[Tensor, ...]
@@ -30,21 +30,21 @@ class Batch:
 
 
 class Loader(ABC):
-    """Iterates over the rest of the current epoch, then stands at the start of the next one.
+    """Iterates over the rest of the current epoch; then the next epoch is the current one.
 
-    ``len(loader)`` is the number of steps of a whole epoch. ``cursor`` is the (epoch, step) that
-    comes next, ``seek`` puts it anywhere. Use it as a context manager, or call ``close``.
+    ``len(loader)`` is the number of steps per epoch. ``cursor`` is the next (epoch, step); ``seek``
+    sets it. Use the loader as a context manager, or call ``close``.
     """
 
     def __init__(
         self,
         beton: Beton,
-        groups: Sequence[Crop | Center],
+        crops: Sequence[Crop | Center],
         order: Order,
         device: torch.device,
         workers: int,
     ) -> None:
-        self.beton, self.groups, self.order, self.device = beton, tuple(groups), order, device
+        self.beton, self.crops, self.order, self.device = beton, tuple(crops), order, device
         self.workers = workers
         self.cursor = (0, 0)
         self._running: Generator[Batch, None, None] | None = None
@@ -52,13 +52,13 @@ class Loader(ABC):
         self._open()
 
     def _open(self) -> None:  # noqa: B027  # not abstract: some engines need nothing
-        """What an engine needs before its first batch. Raises InputError where it is not there."""
+        """Prepare for the first batch. Raises InputError if a dependency is missing."""
 
     def __len__(self) -> int:
         return self.order.steps
 
     def seek(self, epoch: int, step: int) -> None:
-        """Continue at ``step`` of ``epoch``; a step past the end is the next epoch's first."""
+        """Continue at ``step`` of ``epoch``; past its last step, at the next epoch's first."""
         self.cursor = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -75,16 +75,16 @@ class Loader(ABC):
 
     @abstractmethod
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
-        """The batches of these steps. A generator: closing it must stop whatever it started."""
+        """Yield the batches of these steps. Closing this generator must stop all it started."""
 
     def _boxes(self, epoch: int, positions: np.ndarray) -> list[np.ndarray]:
-        return draw(self.groups, self.beton, positions, self.order.seed, epoch)
+        return draw(self.crops, self.beton, positions, self.order.seed, epoch)
 
     def close(self) -> None:
-        """End the iteration under way, if there is one: its threads or processes are joined.
+        """End the current iteration, if there is one, and join its threads or processes.
 
-        Leaving a ``for`` loop does the same as soon as nothing refers to its iterator, which an
-        exception's traceback may do for long.
+        The end of a ``for`` loop does the same once nothing refers to its iterator any more, but an
+        exception's traceback may keep such a reference for long.
         """
         if self._running is not None:
             self._running.close()
@@ -103,7 +103,7 @@ class Loader(ABC):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of a host array on the device; nobody waits for it."""
+    """Copy a host array to the device, asynchronously."""
     tensor = torch.from_numpy(np.array(array))
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

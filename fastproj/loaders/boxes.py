@@ -1,9 +1,9 @@
-"""Where the crops lie: boxes drawn from (seed, epoch, sample index, view) alone.
+"""Crop boxes that depend only on (seed, epoch, sample index, view).
 
-Every engine calls ``draw`` and so crops the same boxes, whatever the number of workers, the
-batch a sample falls into, or the rank that reads it. The random numbers are therefore not a
-stream but a hash of their address (splitmix64, Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", 2014), computed for a whole batch at once.
+Every engine calls ``draw`` and so gets the same boxes, for any number of workers and ranks and any
+batch size. A random number is therefore not the next one of a stream but a hash of (seed, epoch,
+sample index, view), computed for a whole batch at once (splitmix64; Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014).
 """
 
 from collections.abc import Sequence
@@ -11,73 +11,73 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastproj.manifest import Beton
+from fastproj.data.beton import Beton
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment
-TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
+TRIES = 10  # as torchvision's RandomResizedCrop, which then takes a center crop
 
 
 @dataclass(frozen=True)
 class Crop:
-    """``views`` random resized crops of ``size`` pixels a side (torchvision's distribution).
+    """``num_views`` random resized crops of ``size`` × ``size`` pixels per sample.
 
-    ``scale`` bounds the share of the image's area, ``ratio`` the box's width over its height.
+    They have the distribution of torchvision's ``RandomResizedCrop``: ``scale`` bounds the fraction
+    of the image's area, ``ratio`` bounds width / height.
     """
 
     size: int
-    views: int = 1
+    num_views: int = 1
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
 class Center:
-    """The centre square of ``share`` of the shorter side, resized to ``size`` (for evaluation).
+    """The center square whose side is ``crop_fraction`` of the shorter side, resized to ``size``.
 
-    224/256 is what "resize to 256, centre crop 224" keeps.
+    For evaluation: ``crop_fraction`` 224/256 equals "resize to 256, center crop 224".
     """
 
     size: int
-    share: float = 1.0
-    views: int = 1
+    crop_fraction: float = 1.0
+    num_views: int = 1
 
 
 def draw(
-    groups: Sequence[Crop | Center], beton: Beton, positions: np.ndarray, seed: int, epoch: int
+    crops: Sequence[Crop | Center], beton: Beton, positions: np.ndarray, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Boxes of a batch: for each group an int64 array (views, B, 4) of top, left, height, width.
+    """Boxes of a batch: one int64 array (views, B, 4) of top, left, height, width per crop.
 
-    Boxes are drawn in the geometry of the original image and then, where the beton stores squares,
-    mapped to the stored pixels (rounded, at least one pixel), so that a square store sees the
-    same regions as the original would.
+    Boxes are drawn in the original image. For a square store (images resized to one square) they
+    are then mapped to stored pixels, rounded to at least one pixel, so both show the same regions.
     """
     width, height = beton.source_width[positions], beton.source_height[positions]
     index = beton.index[positions]
     boxes, view = [], 0
-    for group in groups:
-        if isinstance(group, Center):
-            box = np.broadcast_to(_centre(group, width, height), (group.views, len(index), 4))
+    for crop in crops:
+        if isinstance(crop, Center):
+            box = np.broadcast_to(_center(crop, width, height), (crop.num_views, len(index), 4))
         else:
-            views = np.arange(view, view + group.views)[:, None]
+            views = np.arange(view, view + crop.num_views)[:, None]
             key = _address(seed, epoch, index[None], views)
-            wide, high = np.tile(width, group.views), np.tile(height, group.views)
-            box = _random_resized(group, wide, high, key.ravel()).reshape(*key.shape, 4)
+            wide, high = np.tile(width, crop.num_views), np.tile(height, crop.num_views)
+            box = _random_resized(crop, wide, high, key.ravel()).reshape(*key.shape, 4)
         boxes.append(
             _to_stored(box, width, height, beton.width[positions], beton.height[positions])
         )
-        view += group.views
+        view += crop.num_views
     return boxes
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: 64 bits in, 64 well-mixed bits out."""
+    """splitmix64's finalizer: 64 bits in, 64 well-mixed bits out."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _address(seed: int, epoch: int, index: np.ndarray, view: np.ndarray) -> np.ndarray:
-    """A hash of where a view's random numbers are: uint64 (views, B)."""
+    """The hash from which a view's random numbers follow: uint64 (views, B)."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, index, view):
         key = _mix((key ^ np.asarray(part).astype(np.uint64)) + GOLDEN)
@@ -85,7 +85,7 @@ def _address(seed: int, epoch: int, index: np.ndarray, view: np.ndarray) -> np.n
 
 
 def _uniform(key: np.ndarray, attempt: int) -> np.ndarray:
-    """Uniform [0, 1) numbers, float64 (4, n): area, aspect, top and left of keys (n,)."""
+    """Uniform numbers in [0, 1) for keys (n,): float64 (4, n) for area, aspect, top and left."""
     counter = np.arange(attempt + 1, 4 * TRIES + 1, TRIES, dtype=np.uint64)[:, None]
     return (_mix(key + GOLDEN * counter) >> np.uint64(11)) * 2.0**-53
 
@@ -93,9 +93,9 @@ def _uniform(key: np.ndarray, attempt: int) -> np.ndarray:
 def _random_resized(
     crop: Crop, width: np.ndarray, height: np.ndarray, key: np.ndarray
 ) -> np.ndarray:
-    """torchvision's ``RandomResizedCrop.get_params``, all arguments (n,), to (n, 4).
+    """torchvision's ``RandomResizedCrop.get_params`` for n images: arguments (n,), result (n, 4).
 
-    Nearly always the first box fits; only where it does not is another drawn.
+    The first box nearly always fits; others are drawn only for images where it does not.
     """
     box = np.empty((len(key), 4), np.int64)
     rest = np.arange(len(key))
@@ -127,7 +127,7 @@ def _try(
 
 
 def _fallback(crop: Crop, width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """The centre of the image cut to the nearest allowed ratio, when no try fitted."""
+    """The largest center box of the nearest allowed ratio, for images where no try fits."""
     low, up = crop.ratio
     ratio = width / height
     h = np.where(ratio < low, np.rint(width / low).astype(np.int64), height)
@@ -135,8 +135,8 @@ def _fallback(crop: Crop, width: np.ndarray, height: np.ndarray) -> np.ndarray:
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], -1)
 
 
-def _centre(centre: Center, width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    side = np.maximum(np.rint(np.minimum(width, height) * centre.share).astype(np.int64), 1)
+def _center(center: Center, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    side = np.maximum(np.rint(np.minimum(width, height) * center.crop_fraction).astype(np.int64), 1)
     return np.stack([(height - side) // 2, (width - side) // 2, side, side], -1)
 
 
@@ -147,7 +147,7 @@ def _to_stored(
     stored_width: np.ndarray,
     stored_height: np.ndarray,
 ) -> np.ndarray:
-    """Boxes of the original image as boxes of the stored one."""
+    """Map boxes of the original image to boxes of the stored one."""
     if np.array_equal(width, stored_width) and np.array_equal(height, stored_height):
         return box
     top, left, h, w = np.moveaxis(box, -1, 0)

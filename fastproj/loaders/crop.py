@@ -1,16 +1,23 @@
 """Cut boxes out of a batch of images and resize them on the device: bilinear, antialiased.
 
 A bilinear resize is linear and separable, so a batch of crops is two batched matrix products with
-per-sample matrices: no loop over samples. They differ from torchvision's ``resized_crop`` by the
-rounding (at most 2/255 in the tests). On a CPU ``fill`` is the faster way, over 6 times
-at 32 px and 20 times at 224 (``resident`` and ``stream`` in docs/performance.md).
+per-sample matrices: no loop over samples. Every sum in them is exact: weights are multiples of
+1/2048, and pixels between the products multiples of 1/8, so that a sum has at most 22 bits and
+float32 holds it. Hence no pixel depends on the order of summation, on the number of threads, or on
+whether the processor multiplies in float64, float32, TF32 or float16 (accumulated in float32).
+
+They differ from torchvision's ``resized_crop`` by the rounding (at most 2/255 in the tests). On a
+CPU ``fill`` is the faster way, over 6 times at 32 px and 20 times at 224 (``resident`` and
+``stream`` in docs/performance.md).
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastproj.machine import unwritten
+from fastproj.core.machine import unwritten
+
+CACHED_PIXELS = 2**18  # of the crops under way on a CPU: 3 MB in float32
 
 
 def crop_batch(
@@ -20,37 +27,49 @@ def crop_batch(
 
     ``images`` (B, 3, H, W) uint8, any padding outside the boxes is never read; ``boxes``
     (views, B, 4) int64 on the same device. Returns (views, B, 3, size, size) uint8 in
-    channels-last memory. Products run in ``dtype``, by default float32 on a CPU and float16
-    elsewhere: pixels are exact in it, and what the weights lose stays under half a grey level.
+    channels-last memory. ``dtype`` of the products changes no pixel: by default float32 on a CPU,
+    which is fast there, and float16 elsewhere.
     """
-    dtype = dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
+    cpu = images.device.type == "cpu"
+    dtype = dtype or (torch.float32 if cpu else torch.float16)
     batch, channels, height, width = images.shape
-    rows = images.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
     out = batch_like(boxes.shape[0], batch, size, images.device)
-    top, left, h, w = boxes.flatten(0, 1).unbind(-1)
-    across = resize_matrices(left, w, size, width).to(dtype).unflatten(0, boxes.shape[:2])
-    down = resize_matrices(top, h, size, height).to(dtype).unflatten(0, boxes.shape[:2])
-    for view in range(len(boxes)):
-        x = (rows @ across[view].mT).view(batch, channels, height, size)
-        out[view] = (down[view][:, None] @ x).add_(0.5).clamp_(0, 255)
+    # On a CPU a few images at a time, which stay in its cache.
+    chunk = max(1, CACHED_PIXELS // size**2) if cpu else batch
+    for part in (slice(start, start + chunk) for start in range(0, batch, chunk)):
+        rows = images[part].to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+        for view, box in enumerate(boxes[:, part]):
+            top, left, h, w = box.unbind(-1)
+            # Times 8, so that rounding to integers in between keeps eighths of a gray level.
+            across = (8 * resize_matrices(left, w, size, width)).to(dtype)
+            down = (resize_matrices(top, h, size, height) / 8).to(dtype)
+            # Products in float16 are rounded to float16: do the same to the others' exact sums.
+            x = (rows @ across.mT).to(torch.float16).round_().to(dtype)
+            x = down[:, None] @ x.view(-1, channels, height, size)
+            out[view, part] = x.to(torch.float16).add_(0.5).clamp_(0, 255)
     return out
 
 
 def resize_matrices(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
-    """Antialiased bilinear weights from ``full`` pixels to ``size``, one matrix a sample.
+    """Antialiased bilinear weights from ``full`` pixels to ``size``, one matrix per sample.
 
-    ``start`` and ``length`` (B,) are the box along this axis. Returns (B, size, full) float32
-    whose rows sum to 1: a triangle as wide as the scale (never narrower than a pixel), cut off at
-    the box and normalised, as Pillow and torch define it.
+    ``start`` and ``length`` (B,) int64 are the box along this axis. Returns (B, size, full) float32
+    whose rows sum to exactly 1, in multiples of 1/2048: a triangle as wide as the scale (never
+    narrower than a pixel), cut off at the box and normalized, as Pillow and torch define it.
+    Everything before the division is an integer below 2²⁴ for length² < 2²³·size, so it is exact.
     """
     device = start.device
-    scale = (length / size)[:, None]
-    centre = (torch.arange(size, device=device) + 0.5) * scale
-    inside = torch.arange(full, device=device) - start[:, None] + 0.5  # pixel centres in the box
-    distance = (inside[:, None] - centre[..., None]).abs() / scale.clamp(min=1)[..., None]
-    weights = (1 - distance).clamp(min=0)
-    weights *= ((inside > 0) & (inside < length[:, None]))[:, None]
-    return weights / weights.sum(-1, keepdim=True)
+    length = length[:, None]
+    inside = 2 * (torch.arange(full, device=device) - start[:, None]) + 1  # half pixels in the box
+    center = (2 * torch.arange(size, device=device) + 1) * length
+    # One minus the distance, in units of 1 / (2 · the wider of length and size).
+    weights = (inside * size).float()[:, None] - center.float()[..., None]
+    weights = (2 * length.clamp(min=size)[..., None] - weights.abs_()).clamp_(min=0)
+    weights *= ((inside > 0) & (inside < 2 * length))[:, None]
+    # Rounding the cumulated weights, not each alone, keeps their sum.
+    ends = weights.cumsum(-1)
+    ends = (ends / (ends[..., -1:] / 2048)).round_()
+    return torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])) / 2048
 
 
 def batch_like(views: int, batch: int, size: int, device: torch.device) -> Tensor:

@@ -1,32 +1,40 @@
-"""NVIDIA DALI over the same beton: the bytes it decodes are those of the mapped file.
+"""NVIDIA DALI as an engine for the same beton.
 
-DALI (``nvidia-dali-cuda120``, 1 GB) is looked for only when this engine is asked for. A step hands
-it views into the memory map, and ``no_copy`` makes them its input as they are. On a CPU
-libjpeg-turbo decodes, on a GPU nvJPEG (the hardware engines where there are some). Each image is
-decoded once, and only the smallest box that holds all its views; from that each view is sliced and
-resized. What DALI copies: the slices, and on a GPU the stored bytes to the device. The crops are
-copied once more, into the batch that the receiver owns.
+DALI (``nvidia-dali-cuda120``, 1 GB) is imported only when this engine is requested. Each step hands
+it slices of the memory map, which ``no_copy`` makes its input without a copy. libjpeg-turbo decodes
+on a CPU, nvJPEG on a GPU (with its hardware engines if there are any). Only the smallest box that
+holds all crops of an image is decoded, once; each crop is then sliced from it and resized. DALI
+copies the slices and, on a GPU, the stored bytes to the device. The crops are copied once more,
+into the batch that the receiver owns.
 
-Pixels: the decoder's equal Pillow's (on a CPU). The resize is DALI's ``INTERP_LINEAR`` with
-``antialias``: the same triangle as torchvision's, but where it shrinks a box and the triangle
-reaches over the rim, DALI repeats the rim's pixel where torchvision cuts the triangle off.
-Difference from the reference engine, measured on a CPU with 96 ImageNet photographs (400 px, JPEG)
-to 224 px, their centres, small crops to 96 px, and 160 px squares to 128: 0.17/255 on average
-each, at most 1/255 within and 7/255 on the rim; 0.25 and 22 where the tests' pictures shrink to
-16 px. On a GPU: not measured.
+Pixels: on a CPU the decoder's equal Pillow's. The resize is DALI's ``INTERP_LINEAR`` with
+``antialias``, the same triangle filter as torchvision's. They differ where a box shrinks and the
+filter extends past its edge: DALI repeats the edge pixel, torchvision cuts the filter off.
+Difference from the reference engine on a CPU, measured on 96 ImageNet photographs (400 px, JPEG)
+cropped to 224 px, their centers, small crops to 96 px, and 160 px squares cropped to 128 px:
+0.17/255 on average for each, at most 1/255 inside and 7/255 at edges. For the tests' pictures
+shrunk to 16 px: 0.25/255 on average, at most 22/255. Not measured on a GPU.
 
-DALI decodes what is left of a damaged JPEG without an error (a line on stderr is all). So a JPEG's
-bytes are compared with the manifest's hash the first time the sample is read, in the caller's
-thread: 0.05 ms an image, and the first epoch was as fast as the second.
+DALI decodes what is left of a damaged JPEG and only prints a line on stderr. So a JPEG's bytes are
+compared with the manifest's hash when the sample is first read, in the caller's thread. This takes
+0.05 ms per image; the first epoch was as fast as the second.
 
-Speed: on a CPU ``stream`` is the faster one. Two crops to 224 px of ImageNet photographs (at most
-400 px, JPEG), 4 cores, batches of 64, in turn with ``stream``: a quarter of its images/s
-(docs/performance.md). An image takes 4.4 ms of CPU time (n 7, beside other programs).
-Decoding is not what costs (n 6): alone 1.1 ms (libjpeg-turbo by itself 1.0), both slices 0.6,
-both resizes 2.9. Decode and slices together (n 9): the box that holds all views 1.54 ms, each view
-decoded by itself 1.70, the whole image 1.77. A resize that takes the box as its region and needs no
-slice saves 0.6 ms, but lets pixels outside the box in: 64/255 off at worst. A new pipeline every
-epoch costs 20 - 40 ms. On a GPU: not measured.
+Speed: on a CPU ``stream`` is four times as fast (images/s, measured in alternation with it: two
+crops to 224 px of ImageNet photographs of at most 400 px, JPEG, 4 cores, batches of 64;
+docs/performance.md). CPU time per image, other programs running:
+
+    everything                                       4.4 ms (n = 7)
+    parts (n = 6): decoding (libjpeg-turbo alone)    1.1 ms (1.0)
+                   both slices                       0.6 ms
+                   both resizes                      2.9 ms
+    decoding and slices together (n = 9):
+                   the box that holds both crops     1.54 ms
+                   each crop decoded by itself       1.70 ms
+                   the whole image                   1.77 ms
+
+``fn.resize`` could take the box as its region and need no slice. That saves 0.6 ms, but pixels
+outside the box get in: up to 64/255 off. A new pipeline per epoch costs 20 to 40 ms. Not measured
+on a GPU.
 """
 
 from collections import deque
@@ -37,21 +45,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproj.errors import InputError
+from fastproj.core.errors import InputError
+from fastproj.data.layout import HASH_BYTES, RAW
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import batch_like
-from fastproj.manifest import HASH_BYTES, RAW
 
 AHEAD = 2  # batches that DALI works on at a time
 
-# What a step feeds: B images, then for each box of an image an array of B boxes.
+# One step's input: B images, then for each box of an image an array of B boxes.
 Inputs = tuple[list[np.ndarray] | np.ndarray, ...]
 
 
 class DaliLoader(Loader):
-    """``workers`` threads.
+    """Loads with DALI in ``workers`` threads.
 
-    Raises InputError where DALI is missing or the manifest's hashes are damaged.
+    Raises InputError if DALI is missing or the manifest's hashes are damaged.
     """
 
     def _open(self) -> None:
@@ -63,33 +71,33 @@ class DaliLoader(Loader):
             raise InputError(
                 f"{self.beton.path.with_suffix('.json')}: damaged ({error}): write the beton again"
             ) from error
-        self._intact = np.full(len(self.beton), self._raw)  # what need not be compared (again)
+        self._intact = np.full(len(self.beton), self._raw)  # samples not to compare (again)
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
-        under_way: deque[Inputs] = deque()  # DALI reads this memory: it must outlive the step
-        # Nothing but this frame refers to the pipeline. When the generator ends or is closed, it
-        # goes, waits for what is under way and joins its threads.
-        pipeline = self._pipeline(self._inputs(epoch, steps, under_way))
+        pending: deque[Inputs] = deque()  # DALI reads this memory: it must outlive the step
+        # Only this frame refers to the pipeline. When the generator ends or is closed, the pipeline
+        # is deleted, which waits for its pending steps and joins its threads.
+        pipeline = self._pipeline(self._inputs(epoch, steps, pending))
         for step in steps:
             positions = self.order.batch(epoch, step)
             crops = [
-                batch_like(group.views, len(positions), group.size, self.device)
-                for group in self.groups
+                batch_like(crop.num_views, len(positions), crop.size, self.device)
+                for crop in self.crops
             ]
-            if len(positions):  # a rank may stand beyond the end of the set
+            if len(positions):  # a rank may get nothing of the last, smaller step
                 self._copy(self._run(pipeline, epoch, step), crops)
-                under_way.popleft()
+                pending.popleft()
             yield Batch(
-                tuple(group.flatten(0, 1) for group in crops),
+                tuple(views.flatten(0, 1) for views in crops),
                 to_device(self.beton.label[positions], self.device),
                 to_device(self.beton.index[positions], self.device),
             )
 
-    def _inputs(self, epoch: int, steps: range, under_way: deque[Inputs]) -> Iterator[Inputs]:
-        """Each step's inputs: the stored images, for JPEGs the box to decode, a box a view.
+    def _inputs(self, epoch: int, steps: range, pending: deque[Inputs]) -> Iterator[Inputs]:
+        """Yield each step's inputs: stored images, for JPEGs the box to decode, one box per view.
 
-        Images are views into the mapped file, uint8 (height, width, 3) or (length,); boxes int32
-        (B, 4) of top, left, height, width, and where a box is decoded the others lie in that.
+        Images are slices of the mapped file, uint8 (height, width, 3) or (length,). Boxes are int32
+        (B, 4) of top, left, height, width; for JPEGs relative to the decoded box.
         """
         for step in steps:
             positions = self.order.batch(epoch, step)
@@ -103,7 +111,7 @@ class DaliLoader(Loader):
                 boxes[..., :2] -= first
                 boxes = np.concatenate([np.concatenate([first, last - first], -1)[None], boxes])
             inputs = images, *boxes
-            under_way.append(inputs)
+            pending.append(inputs)
             yield inputs
 
     def _stored(self, position: int) -> np.ndarray:
@@ -113,7 +121,7 @@ class DaliLoader(Loader):
             if digest[:HASH_BYTES] != self._hashes[position].tobytes():
                 raise InputError(
                     f"{beton.path}: sample {beton.index[position]} is damaged (its bytes are not "
-                    f"those of the manifest's hash): run data_prep/write_ffcv.py --verify "
+                    f"those of the manifest's hash): run fastproj prepare --verify "
                     f"{beton.path}, then write it again"
                 )
             self._intact[position] = True
@@ -125,7 +133,7 @@ class DaliLoader(Loader):
         dali, _ = _dali()
         fn, types = dali.fn, dali.types
         gpu = self.device.type == "cuda"
-        sizes = [group.size for group in self.groups for _ in range(group.views)]
+        sizes = [crop.size for crop in self.crops for _ in range(crop.num_views)]
         count = len(sizes) + (1 if self._raw else 2)
         number = self.device.index if gpu else None
         if gpu and number is None:
@@ -152,9 +160,9 @@ class DaliLoader(Loader):
                     decoded[2:],
                     axes=[0, 1],
                     device="mixed" if gpu else "cpu",
-                    adjust_orientation=False,  # as stored, like the other engines
+                    adjust_orientation=False,  # ignore EXIF, like the other engines
                     jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg-turbo does
-                    affine=False,  # or the threads of every rank sit on the same cores
+                    affine=False,  # otherwise all ranks' threads are bound to the same cores
                 )
             pipeline.set_outputs(
                 *[
@@ -170,10 +178,10 @@ class DaliLoader(Loader):
         return pipeline
 
     def _run(self, pipeline: Any, epoch: int, step: int) -> Sequence[Any]:
-        """The next step's crops: for each view DALI's TensorList (B, size, size, 3) uint8."""
+        """The next step's crops: one TensorList of DALI per view, uint8 (B, size, size, 3)."""
         try:
             return pipeline.run()
-        except StopIteration:  # elsewhere DALI has skipped every second epoch without a word
+        except StopIteration:  # DALI is known to skip every second epoch silently in other set-ups
             raise RuntimeError(f"DALI ended epoch {epoch} before its step {step}") from None
         except RuntimeError as error:
             why = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
@@ -183,17 +191,17 @@ class DaliLoader(Loader):
             ) from error
 
     def _copy(self, views: Sequence[Any], crops: Sequence[Tensor]) -> None:
-        """Each view from DALI's buffer to its place in the batch, on torch's stream."""
+        """Copy each view from DALI's buffer to its place in the batch, on torch's stream."""
         _, feed_ndarray = _dali()
         gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device) if gpu else None
-        places = [view.permute(0, 2, 3, 1) for group in crops for view in group]
+        places = [view.permute(0, 2, 3, 1) for crop in crops for view in crop]
         for view, place in zip(views, places, strict=True):
             feed_ndarray(view.as_tensor(), place, cuda_stream=stream)
 
 
 def _dali() -> tuple[Any, Any]:
-    """The module ``nvidia.dali``, and its copy into a torch tensor."""
+    """The module ``nvidia.dali``, and its function that copies into a torch tensor."""
     try:
         import nvidia.dali as dali
         from nvidia.dali.plugin.pytorch import feed_ndarray

@@ -1,14 +1,14 @@
-/* Stored images to crops, without Python and its lock: the part of a box that is needed is decoded
- * (libjpeg-turbo), then each view is cut out of it and resized (bilinear, antialiased).
+/* Decode and crop stored images without Python's lock: libjpeg-turbo decodes the part of an image
+ * that its views need, then each view is cut out and resized (bilinear, antialiased).
  *
- * The decoder is set as Pillow sets it (accurate DCT, smooth chroma), and what is left out, rows
- * before and after and columns beside the box, changes no pixel of it. The resize is the one that
- * torch does with uint8 tensors (torch/aten native/cpu/UpSampleKernelAVXAntialias.h, after
- * Pillow-SIMD): weights as 16-bit integers, across first, rounded to bytes, then down. Its sums are
- * of integers, so AVX2 and the plain loops give the same bits as torch.
+ * The decoder has Pillow's settings (accurate DCT, smooth chroma upsampling). Rows and columns
+ * outside the box are not decoded, which changes no pixel inside. The resize is torch's for uint8
+ * tensors (torch/aten native/cpu/UpSampleKernelAVXAntialias.h, after Pillow-SIMD): 16-bit integer
+ * weights, first horizontal, rounded to bytes, then vertical. The sums are integers, so AVX2 and the
+ * plain loops give the same bits as torch.
  *
- * fill.py declares the same structs and says what they hold. Defining PLAIN leaves AVX2 out (for
- * the tests).
+ * fill.py declares the same structs and documents them. PLAIN disables AVX2 (for the tests),
+ * WITHOUT_JPEG the decoder (where no libjpeg was found): fill.py then refuses JPEGs.
  */
 #include <math.h>
 #include <setjmp.h>
@@ -19,7 +19,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef WITHOUT_JPEG
 #include <jpeglib.h>
+#endif
 
 #if defined(__x86_64__) && !defined(PLAIN)
 #include <immintrin.h>
@@ -28,6 +30,7 @@
 #define CHANNELS 3
 #define OVERREAD 64  /* bytes that a vector may read past the end of a scratch buffer */
 #define RAW 1
+#define MESSAGE_BYTES 200  /* libjpeg's JMSG_LENGTH_MAX */
 
 typedef struct {
     int64_t top, left, height, width;
@@ -37,26 +40,20 @@ typedef struct {
     const Box *boxes;  /* (views, batch) */
     uint8_t *out;      /* (views, batch, size, size, 3) */
     int64_t views, size;
-} Group;
+} CropSpec;
 
 typedef struct {
-    const uint8_t *data;  /* the mapped file; the allocation table lies behind the last image */
+    const uint8_t *data;  /* the mapped file; the allocation table follows the last image */
     const int64_t *positions;  /* (batch) */
-    const uint8_t *mode;       /* of all samples, as are the next four */
+    const uint8_t *mode;       /* (samples), as the next four: the whole beton's */
     const int64_t *width, *height, *pointer, *length;
     int64_t batch;
-    int64_t groups;
-    const Group *group;
-    uint8_t *padded;  /* (batch, rows, columns, 3): where to decode to, instead of cropping */
+    int64_t num_crops;
+    const CropSpec *crops;  /* (num_crops) */
+    uint8_t *padded;  /* (batch, rows, columns, 3): decode to here and do not crop, unless NULL */
     int64_t rows, columns;
     int64_t next;  /* the first slot that no thread has taken */
 } Batch;
-
-typedef struct {
-    struct jpeg_error_mgr base;
-    jmp_buf escape;
-    char *text;
-} Errors;
 
 typedef struct {
     uint8_t *bytes;
@@ -64,8 +61,8 @@ typedef struct {
 } Buffer;
 
 typedef struct {  /* how one axis is resized */
-    int taps;     /* of each output pixel, even; those it does not need weigh 0 */
-    int shift;    /* a weight of 1 is 1 << shift */
+    int taps;     /* per output pixel, an even number; unused ones have weight 0 */
+    int shift;    /* 1 << shift stands for a weight of 1 */
     int32_t *first;   /* (size): first input pixel */
     int16_t *weight;  /* (size, taps) */
 } Axis;
@@ -82,6 +79,43 @@ static uint8_t *reserve(Buffer *buffer, size_t size) {
 
 /* Decoding */
 
+int fastproj_has_jpeg(void) {
+#ifdef WITHOUT_JPEG
+    return 0;
+#else
+    return 1;
+#endif
+}
+
+#ifdef WITHOUT_JPEG
+typedef struct {
+    char *text;
+} Decoder;
+
+static int open_decoder(Decoder *decoder, char *text) {
+    decoder->text = text;
+    return 0;
+}
+
+static int decode(Decoder *decoder, const uint8_t *stored, int64_t length, int64_t height,
+                  int64_t width, Box box, uint8_t *out, int64_t pitch) {
+    strcpy(decoder->text, "built without libjpeg");
+    return -1;
+}
+
+static void close_decoder(Decoder *decoder) {}
+#else
+typedef struct {
+    struct jpeg_error_mgr base;
+    jmp_buf escape;
+    char *text;
+} Errors;
+
+typedef struct {
+    struct jpeg_decompress_struct info;
+    Errors errors;
+} Decoder;
+
 static void fail(j_common_ptr info) {
     Errors *errors = (Errors *)info->err;
     errors->base.format_message(info, errors->text);
@@ -89,26 +123,38 @@ static void fail(j_common_ptr info) {
 }
 
 static void warn(j_common_ptr info, int level) {
-    if (level < 0) fail(info);  /* corrupt data: libjpeg would go on with gray pixels */
+    if (level < 0) fail(info);  /* corrupt data: libjpeg would continue with gray pixels */
 }
 
-/* Decodes `box` of a JPEG to `out`, rows `pitch` bytes apart; `out` is where the image would begin.
- * Returns 0, or -1 with errors->text. */
-static int decode(struct jpeg_decompress_struct *info, Errors *errors, const uint8_t *stored,
-                  int64_t length, int64_t height, int64_t width, Box box, uint8_t *out,
-                  int64_t pitch) {
+/* Returns 0, or -1 with the reason in `text`. */
+static int open_decoder(Decoder *decoder, char *text) {
+    decoder->info.err = jpeg_std_error(&decoder->errors.base);
+    decoder->errors.base.error_exit = fail;
+    decoder->errors.base.emit_message = warn;
+    decoder->errors.text = text;
+    if (setjmp(decoder->errors.escape)) return -1;  /* the libjpeg loaded is not the header's version */
+    jpeg_create_decompress(&decoder->info);
+    return 0;
+}
+
+/* Decodes `box` of a JPEG into `out`, the address of the whole image's first pixel, with rows `pitch`
+ * bytes apart. Returns 0, or -1 with the decoder's text. */
+static int decode(Decoder *decoder, const uint8_t *stored, int64_t length, int64_t height,
+                  int64_t width, Box box, uint8_t *out, int64_t pitch) {
+    struct jpeg_decompress_struct *info = &decoder->info;
+    Errors *errors = &decoder->errors;
     if (setjmp(errors->escape)) return -1;
     jpeg_mem_src(info, stored, length);
     jpeg_read_header(info, TRUE);
     if (info->image_height != height || info->image_width != width) {
-        snprintf(errors->text, JMSG_LENGTH_MAX, "it has %u x %u pixels, its row says %d x %d",
+        snprintf(errors->text, MESSAGE_BYTES, "it has %u x %u pixels, its row says %d x %d",
                  info->image_width, info->image_height, (int)width, (int)height);
         return -1;
     }
     info->out_color_space = JCS_RGB;
     info->dct_method = JDCT_ISLOW;
     jpeg_start_decompress(info);
-    /* Smooth chroma reads its neighbours: two pixels more on each side, cut at the image's rim. */
+    /* Chroma upsampling reads neighbors: decode two more pixels on each side inside the image. */
     JDIMENSION left = box.left > 2 ? box.left - 2 : 0;
     JDIMENSION columns = (box.left + box.width + 2 < width ? box.left + box.width + 2 : width) - left;
     if (columns < info->output_width) jpeg_crop_scanline(info, &left, &columns);
@@ -120,12 +166,17 @@ static int decode(struct jpeg_decompress_struct *info, Errors *errors, const uin
         int64_t rest = box.top + box.height - info->output_scanline;
         jpeg_read_scanlines(info, rows, rest < 16 ? rest : 16);
     }
+    jpeg_abort_decompress(info);
     return 0;
 }
 
+static void close_decoder(Decoder *decoder) { jpeg_destroy_decompress(&decoder->info); }
+#endif
+
 /* Resizing */
 
-/* Weights of one axis as torch computes them: in double, then in as many bits as 16 hold. */
+/* Weights of one axis as torch computes them: in double, then scaled by the largest power of two
+ * for which all fit into 16 bits. */
 static int plan(Axis *axis, Buffer *buffer, int64_t length, int64_t size) {
     double scale = (double)length / size;
     double support = scale >= 1 ? scale : 1.0;
@@ -139,13 +190,13 @@ static int plan(Axis *axis, Buffer *buffer, int64_t length, int64_t size) {
     axis->taps = 2;
     double inverse = scale >= 1 ? 1 / scale : 1.0, largest = 0;
     for (int64_t i = 0; i < size; i++) {
-        double centre = scale * (i + 0.5), total = 0;
-        int64_t first = (int64_t)(centre - support + 0.5), end = (int64_t)(centre + support + 0.5);
+        double center = scale * (i + 0.5), total = 0;
+        int64_t first = (int64_t)(center - support + 0.5), end = (int64_t)(center + support + 0.5);
         first = first > 0 ? first : 0;
         end = end < length ? end : length;
         int count = (int)(end - first);
         for (int k = 0; k < count; k++) {
-            double distance = fabs((k + first - centre + 0.5) * inverse);
+            double distance = fabs((k + first - center + 0.5) * inverse);
             total += exact[i * taps + k] = distance < 1 ? 1 - distance : 0;
         }
         for (int k = 0; k < count; k++) {
@@ -160,7 +211,7 @@ static int plan(Axis *axis, Buffer *buffer, int64_t length, int64_t size) {
     while (axis->shift < 22 && (int)(0.5 + largest * (1 << (axis->shift + 1))) < 1 << 15)
         axis->shift++;
     for (int64_t i = 0; i < size; i++) {
-        /* Near the end of the box begin earlier: what weighs nothing is read as well. */
+        /* Near the end of the box start earlier: taps of weight 0 are read too. */
         int64_t last = length > axis->taps ? length - axis->taps : 0;
         int late = axis->first[i] > last ? (int)(axis->first[i] - last) : 0;
         axis->first[i] -= late;
@@ -200,10 +251,10 @@ static void down_plain(const Axis *axis, const uint8_t *in, int64_t pitch, int64
 #if defined(__x86_64__) && !defined(PLAIN)
 #define AVX2 __attribute__((target("avx2")))
 
-/* Two rows at a time, one in each half of a register, four output pixels a store. */
+/* Two rows at a time, one in each half of a register; four output pixels per store. */
 AVX2 static void across_avx2(const Axis *axis, const uint8_t *in, int64_t in_pitch, int64_t rows,
                              uint8_t *out, int64_t out_pitch, int64_t size) {
-    /* Of pixels 0 1, and of pixels 2 3, to 16 bits: r r g g b b. */
+    /* Widen pixels 0 and 1 (pair), or 2 and 3 (next), to 16 bits in the order r r g g b b. */
     const __m256i pair = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
     const __m256i next = _mm256_broadcastsi128_si256(
@@ -269,7 +320,7 @@ AVX2 static void down_avx2(const Axis *axis, const uint8_t *in, int64_t pitch, i
         for (int64_t x = 0; x + 32 <= bytes; x += 32) {
             __m256i a = half, b = half, c = half, d = half;
             for (int k = 0; k < taps; k += 2) {
-                /* A row past the last weighs 0, but is not there to be read. */
+                /* A row past the last has weight 0, but must not be read. */
                 const uint8_t *one = from + (axis->first[i] + k < rows ? k : 0) * pitch + x;
                 const uint8_t *two = from + (axis->first[i] + k + 1 < rows ? k + 1 : 0) * pitch + x;
                 int32_t pair;
@@ -311,12 +362,12 @@ typedef struct {
     Buffer image, between, across, down;
 } Scratch;
 
-/* The smallest box that holds all views of a slot. */
+/* The smallest box that holds all views of a slot (a sample's place in the batch). */
 static Box needed(const Batch *batch, int64_t slot) {
     int64_t top = INT64_MAX, left = INT64_MAX, bottom = 0, right = 0;
-    for (int64_t g = 0; g < batch->groups; g++)
-        for (int64_t view = 0; view < batch->group[g].views; view++) {
-            Box box = batch->group[g].boxes[view * batch->batch + slot];
+    for (int64_t c = 0; c < batch->num_crops; c++)
+        for (int64_t view = 0; view < batch->crops[c].views; view++) {
+            Box box = batch->crops[c].boxes[view * batch->batch + slot];
             top = box.top < top ? box.top : top;
             left = box.left < left ? box.left : left;
             bottom = box.top + box.height > bottom ? box.top + box.height : bottom;
@@ -327,11 +378,11 @@ static Box needed(const Batch *batch, int64_t slot) {
 
 static int crop(const Batch *batch, int64_t slot, const uint8_t *image, int64_t pitch,
                 Scratch *scratch) {
-    for (int64_t g = 0; g < batch->groups; g++) {
-        const Group *group = batch->group + g;
-        int64_t size = group->size, row = size * CHANNELS + 32;
-        for (int64_t view = 0; view < group->views; view++) {
-            Box box = group->boxes[view * batch->batch + slot];
+    for (int64_t c = 0; c < batch->num_crops; c++) {
+        const CropSpec *spec = batch->crops + c;
+        int64_t size = spec->size, row = size * CHANNELS + 32;
+        for (int64_t view = 0; view < spec->views; view++) {
+            Box box = spec->boxes[view * batch->batch + slot];
             Axis across, down;
             if (plan(&across, &scratch->across, box.width, size) ||
                 plan(&down, &scratch->down, box.height, size) ||
@@ -339,14 +390,13 @@ static int crop(const Batch *batch, int64_t slot, const uint8_t *image, int64_t 
                 return -1;
             resize(&across, &down, image + box.top * pitch + box.left * CHANNELS, pitch, box.height,
                    scratch->between.bytes, row,
-                   group->out + (view * batch->batch + slot) * size * size * CHANNELS, size);
+                   spec->out + (view * batch->batch + slot) * size * size * CHANNELS, size);
         }
     }
     return 0;
 }
 
-static int one(Batch *batch, int64_t slot, struct jpeg_decompress_struct *info, Errors *errors,
-               Scratch *scratch) {
+static int one(Batch *batch, int64_t slot, Decoder *decoder, Scratch *scratch) {
     int64_t position = batch->positions[slot];
     int64_t height = batch->height[position], width = batch->width[position];
     const uint8_t *stored = batch->data + batch->pointer[position];
@@ -361,23 +411,22 @@ static int one(Batch *batch, int64_t slot, struct jpeg_decompress_struct *info, 
     }
     uint8_t *image = batch->padded ? padded : reserve(&scratch->image, height * pitch);
     if (!image) return -1;
-    if (decode(info, errors, stored, batch->length[position], height, width, box, image, pitch))
+    if (decode(decoder, stored, batch->length[position], height, width, box, image, pitch))
         return -1;
-    jpeg_abort_decompress(info);
     return batch->padded ? 0 : crop(batch, slot, image, pitch, scratch);
 }
 
 static void advise(const uint8_t *from, int64_t bytes, int advice) {
     uintptr_t start = (uintptr_t)from & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1);
-    madvise((void *)start, (uintptr_t)from + bytes - start, advice);  /* a hint: it may fail */
+    madvise((void *)start, (uintptr_t)from + bytes - start, advice);  /* a hint, which may fail */
 }
 
-/* At a page that is not in memory, read that page alone, not those around it. */
+/* Disable read-ahead: a page fault reads that page alone. */
 void fastproj_read_at_random(const uint8_t *data, int64_t bytes) {
     advise(data, bytes, MADV_RANDOM);
 }
 
-/* Begin to read the samples of a batch. */
+/* Start reading the samples of a batch. */
 void fastproj_prefetch(const Batch *batch) {
     for (int64_t slot = 0; slot < batch->batch; slot++) {
         int64_t position = batch->positions[slot];
@@ -385,26 +434,19 @@ void fastproj_prefetch(const Batch *batch) {
     }
 }
 
-/* Takes slots until none is left. Returns -1, or the slot that failed, and why in `error`. */
-int64_t fastproj_fill(Batch *batch, char error[JMSG_LENGTH_MAX]) {
-    struct jpeg_decompress_struct info;
-    Errors errors;
+/* Fills slots until none is left. Returns -1, or the slot that failed with the reason in `error`. */
+int64_t fastproj_fill(Batch *batch, char error[MESSAGE_BYTES]) {
+    Decoder decoder;
     Scratch scratch = {0};
-    int64_t slot;
-    volatile int64_t failed = -1;
+    int64_t slot, failed = -1;
     strcpy(error, "out of memory");
-    info.err = jpeg_std_error(&errors.base);
-    errors.base.error_exit = fail;
-    errors.base.emit_message = warn;
-    errors.text = error;
-    if (setjmp(errors.escape)) return 0;  /* another libjpeg than that of the header */
-    jpeg_create_decompress(&info);
+    if (open_decoder(&decoder, error)) return 0;
     while ((slot = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED)) < batch->batch)
-        if (one(batch, slot, &info, &errors, &scratch)) {
+        if (one(batch, slot, &decoder, &scratch)) {
             failed = slot;
             break;
         }
-    jpeg_destroy_decompress(&info);
+    close_decoder(&decoder);
     free(scratch.image.bytes);
     free(scratch.between.bytes);
     free(scratch.across.bytes);

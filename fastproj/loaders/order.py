@@ -1,9 +1,8 @@
-"""Which sample comes next: a function of (seed, epoch, step, rank) and of nothing else.
+"""The order of samples: a function of (seed, epoch, step, rank) and nothing else.
 
-Every epoch is one permutation of the whole set, drawn from (seed, epoch). Step s takes the next
-``world * batch_size`` samples of it and rank r the r-th share of those, so two ranks see the
-global batches that one rank would have seen, and a cursor (epoch, step) says all there is to
-know about where a run stands.
+Every epoch is one permutation of the whole set, drawn from (seed, epoch). Step s takes its next
+``world_size * batch_size`` samples, and rank r the r-th ``batch_size`` of those. So two ranks see
+the global batches that one rank would see, and the cursor (epoch, step) is the whole state.
 """
 
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastproj.errors import InputError
+from fastproj.core.errors import InputError
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one rank over a set of ``samples`` samples.
+    """The order in which one rank reads a set of ``samples`` samples.
 
-    ``batch_size`` is this rank's share of a step. Without ``shuffle`` the samples come in the
-    order of the file; without ``drop_last`` the last step may be smaller, and on several ranks
-    some of them may then get nothing (never a sample twice).
+    ``batch_size`` is the number of samples per step on this rank. Without ``shuffle`` samples come
+    in file order. Without ``drop_last`` the last step may be smaller, and some ranks may then get
+    none; no sample comes twice.
     """
 
     samples: int
@@ -29,24 +28,24 @@ class Order:
     shuffle: bool = True
     drop_last: bool = True
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         if self.drop_last and self.steps == 0:
             raise InputError(
-                f"a batch of {self.batch_size} on {self.world} rank(s) is larger than the set of "
-                f"{self.samples} samples: lower optim.batch_size to at most {self.samples}"
+                f"a batch of {self.batch_size} on {self.world_size} rank(s) is larger than the set "
+                f"of {self.samples} samples: lower optim.batch_size to at most {self.samples}"
             )
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch, the same on every rank."""
-        whole = self.batch_size * self.world
+        """Steps per epoch, the same on every rank."""
+        whole = self.batch_size * self.world_size
         return self.samples // whole if self.drop_last else -(-self.samples // whole)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """Positions in the beton, int64, of this rank's samples at (epoch, step)."""
-        start = (step * self.world + self.rank) * self.batch_size
+        start = (step * self.world_size + self.rank) * self.batch_size
         if not self.shuffle:
             return np.arange(start, min(start + self.batch_size, self.samples))
         return permutation(self.samples, self.seed, epoch)[start : start + self.batch_size]
@@ -54,7 +53,7 @@ class Order:
 
 @lru_cache(maxsize=4)
 def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's order of all samples (int64), kept because every step asks for it."""
+    """The epoch's order of all samples (int64), cached because every step needs it."""
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
     order.setflags(write=False)
     return order

@@ -1,7 +1,7 @@
-"""torch's DataLoader, Pillow and torchvision: the slow engine that everybody trusts.
+"""The slow reference engine: torch's DataLoader, Pillow and torchvision.
 
-Tests and benchmarks compare the others with it. Same order and same boxes as theirs; the pixels
-are torchvision's ``resized_crop`` (bilinear, antialiased) of them.
+Tests and benchmarks compare the other engines with it. Order and boxes are the same; pixels come
+from torchvision's ``resized_crop`` (bilinear, antialiased).
 """
 
 import io
@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tv
 
+from fastproj.data.beton import Beton
+from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
-from fastproj.manifest import RAW, Beton
 
 Sample = tuple[list[Tensor], int, int]
 
 
 class ReferenceLoader(Loader):
-    """``workers`` processes."""
+    """Loads with ``workers`` processes."""
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         keys = []
@@ -33,24 +34,25 @@ class ReferenceLoader(Loader):
                 [(int(p), [box[:, slot] for box in boxes]) for slot, p in enumerate(positions)]
             )
         loader = DataLoader(
-            _Crops(self.beton, self.groups),
+            _Crops(self.beton, self.crops),
             batch_sampler=keys,
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it draws from the global one, and a resume differs
+            # By default it draws from torch's global generator, and a resumed run would differ.
+            generator=torch.Generator(),
         )
         for crops, labels, index in loader:
             yield Batch(
-                tuple(group.to(self.device, memory_format=torch.channels_last) for group in crops),
+                tuple(crop.to(self.device, memory_format=torch.channels_last) for crop in crops),
                 labels.to(self.device),
                 index.to(self.device),
             )
 
 
 class _Crops(Dataset[Sample]):
-    def __init__(self, beton: Beton, groups: Sequence[Crop | Center]) -> None:
-        self.beton, self.sizes = beton, [group.size for group in groups]
+    def __init__(self, beton: Beton, crops: Sequence[Crop | Center]) -> None:
+        self.beton, self.sizes = beton, [crop.size for crop in crops]
 
     def __getitem__(self, key: tuple[int, list[np.ndarray]]) -> Sample:
         position, boxes = key
@@ -59,10 +61,10 @@ class _Crops(Dataset[Sample]):
             torch.stack(
                 [
                     tv.resized_crop(image, *box, size=[size, size], antialias=True)
-                    for box in group.tolist()
+                    for box in views.tolist()
                 ]
             )
-            for group, size in zip(boxes, self.sizes, strict=True)
+            for views, size in zip(boxes, self.sizes, strict=True)
         ]
         return crops, int(self.beton.label[position]), int(self.beton.index[position])
 
@@ -78,6 +80,6 @@ def read_image(beton: Beton, position: int) -> Tensor:
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], Tensor, Tensor]:
-    crops, labels, index = zip(*samples, strict=True)
-    groups = [torch.stack(group, 1).flatten(0, 1) for group in zip(*crops, strict=True)]
-    return groups, torch.tensor(labels), torch.tensor(index)
+    by_sample, labels, index = zip(*samples, strict=True)
+    crops = [torch.stack(crop, 1).flatten(0, 1) for crop in zip(*by_sample, strict=True)]
+    return crops, torch.tensor(labels), torch.tensor(index)

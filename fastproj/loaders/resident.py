@@ -1,7 +1,7 @@
-"""The whole set on the device as uint8, cropped there: no worker, no copy, no wait.
+"""Keep the whole set on the device as uint8 and crop there: no workers, no copies from the host.
 
-For sets of one image size stored raw: CIFAR, STL-10, digits, and the square store of a set of
-photographs (ImageNet-100 at 160 px: 9.7 GB).
+For sets stored raw in one image size: CIFAR, STL-10, digits, and photographs that a square store
+has resized to one square (ImageNet-100 at 160 px: 9.7 GB).
 """
 
 from collections.abc import Generator
@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastproj.errors import InputError
+from fastproj.core.errors import InputError
+from fastproj.data.beton import Beton
+from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.fill import Fill
-from fastproj.manifest import RAW, Beton
 
-CHUNK = 4096  # images a copy to the device: large enough to be fast, small beside the set
+CHUNK = 4096  # images per copy to the device: fast, and small compared with the set
 
 
 def is_uniform(beton: Beton) -> bool:
-    """Whether every image is stored raw and in one size."""
+    """Whether all images are stored raw and in one size."""
     return bool(
         (beton.mode == RAW).all()
         and (beton.width == beton.width[0]).all()
@@ -43,13 +44,13 @@ class ResidentLoader(Loader):
         self.index = torch.from_numpy(self.beton.index).to(self.device)
 
     def _load(self) -> None:
-        """The whole set to the device, planar; a bar on a terminal."""
+        """Copy the whole set to the device as (N, 3, H, W), with a progress bar on a terminal."""
         height, width = int(self.beton.height[0]), int(self.beton.width[0])
         samples, gpu = len(self.beton), self.device.type == "cuda"
         self.images = torch.empty(
             (samples, 3, height, width), dtype=torch.uint8, device=self.device
         )
-        hidden = None if self.order.rank == 0 else True  # None: where there is no terminal
+        hidden = None if self.order.rank == 0 else True  # None hides the bar without a terminal
         with (
             ThreadPoolExecutor(self.workers, "fastproj-resident") as pool,
             tqdm(total=samples, unit="image", desc="resident", disable=hidden, leave=False) as bar,
@@ -61,7 +62,7 @@ class ResidentLoader(Loader):
                 fill = Fill(self.beton, positions, [], padded=host)
                 for job in [pool.submit(fill.run) for _ in range(self.workers)]:
                     job.result()
-                # Turned on the device; the next chunk is read while this one is copied.
+                # Transposed on the device; the next chunk is read while this one is copied.
                 images = host.to(self.device, non_blocking=True).movedim(-1, 1)
                 self.images[start : start + len(positions)] = images
                 bar.update(len(positions))
@@ -72,7 +73,7 @@ class ResidentLoader(Loader):
             where = to_device(positions, self.device)
             images = self.images[where]
             crops = tuple(
-                crop_batch(images, to_device(box, self.device), group.size).flatten(0, 1)
-                for group, box in zip(self.groups, self._boxes(epoch, positions), strict=True)
+                crop_batch(images, to_device(boxes, self.device), crop.size).flatten(0, 1)
+                for crop, boxes in zip(self.crops, self._boxes(epoch, positions), strict=True)
             )
             yield Batch(crops, self.labels[where], self.index[where])

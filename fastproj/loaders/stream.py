@@ -1,21 +1,23 @@
-"""Streams a beton through native threads: each image is decoded once, for every view.
+"""Read a beton in native threads that decode each image once for all its views.
 
-It reads FFCV's container, but not through FFCV's loader, because on 1.0.2 that compiles its
-pipeline anew at each start, hangs when a worker raises, hands out buffers that it overwrites and
-cannot start inside an epoch; its crop is nearest-neighbour where it enlarges.
+It reads FFCV's file format, but not with FFCV's loader: version 1.0.2 recompiles its pipeline at
+each start, hangs when a worker raises, overwrites buffers that it has handed out, cannot start
+inside an epoch, and enlarges by nearest neighbor.
 
-Where a GPU crops, the threads only decode, into pinned memory, and the copy and the crops run on a
-stream of their own beside the step. On a CPU the thread that decoded an image also crops it, while
-it is still in the cache.
+For a GPU the threads only decode, into pinned memory; the copy and the crops run on their own CUDA
+stream, in parallel with the step. On a CPU the thread that decoded an image also crops it, while it
+is still in cache.
 
-Of large samples in a drawn order the kernel is told which come next, and to read nothing around
-them: of 2,048 photographs in a file of 460 MB that was in no cache, it read 87 MB for their 78, and
-445 MB without being told (read-ahead of 8 MB; n 6), and the first batch came after 0.07 s, not 0.3.
+Large samples are read in random order: we announce the next ones (MADV_WILLNEED) and disable
+read-ahead (MADV_RANDOM). Measured on 2,048 photographs (78 MB) of a 460 MB file that was not in the
+page cache, kernel read-ahead 8 MB, n = 6: the kernel read 87 MB, 445 MB without this; the first
+batch came after 0.07 s, 0.3 s without.
 
-Of a JPEG, the rows and columns that no view needs are not decoded: two crops of 8 to 100 % leave
-out 38 % of the pixels, and it takes a seventh less time. Decoding at half the size, where all boxes
-are shrunk to less, is left alone as it computes something else: 1.1/255 from the contract's pixels
-on average and up to 72 (60 photographs of 400 px, their centres to 96 px; to 160 px 2.1 and 103).
+Rows and columns of a JPEG that no view needs are not decoded. With two crops of scale 8 to 100 %
+this skips 38 % of the pixels and a seventh of the time. libjpeg could decode at half size where all
+boxes shrink more than that; we do not, because the pixels differ too much: from the contract's by
+1.1/255 on average and at most 72/255 (centers of 60 photographs of 400 px, resized to 96 px), 2.1
+and 103 when resized to 160 px.
 """
 
 from collections import deque
@@ -26,21 +28,21 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
+from fastproj.core.native import library
 from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import batch_like, crop_batch
 from fastproj.loaders.fill import Fill, read_at_random
-from fastproj.native import library
 
-AHEAD = 2  # batches under way beside the one the caller holds
-PREFETCHED = 16 << 10  # bytes a sample on average, from which each is asked for by itself
+AHEAD = 2  # batches in progress beside the one that the caller holds
+PREFETCHED = 16 << 10  # mean bytes per sample from which samples are announced to the kernel
 
 
 class StreamLoader(Loader):
-    """``workers`` threads. Raises InputError where the native part is not built."""
+    """Loads with ``workers`` threads. Raises InputError if the C library is not built."""
 
     def _open(self) -> None:
-        library()  # complain now where it is missing
-        # Smaller samples share their pages: there what lies around them is wanted as well.
+        library()  # raises now if it is missing
+        # Small samples share pages with their neighbors, so there read-ahead helps.
         self._prefetch = self.order.shuffle and self.beton.length.mean() >= PREFETCHED
         if self._prefetch:
             read_at_random(self.beton)
@@ -48,25 +50,25 @@ class StreamLoader(Loader):
 
     @property
     def memory(self) -> int:
-        """The most bytes on the host for batches under way, beside the one the caller holds."""
+        """Upper bound in bytes of host memory for batches in progress."""
         if self._beside is not None:
             each = 3 * int(self.beton.height.max() * self.beton.width.max())
         else:
-            each = sum(3 * group.views * group.size**2 for group in self.groups)
+            each = sum(3 * crop.num_views * crop.size**2 for crop in self.crops)
         return (AHEAD + 1) * self.order.batch_size * each
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         pool = ThreadPoolExecutor(self.workers, "fastproj-stream")
-        under_way: deque[_Pending] = deque()
+        started: deque[_Pending] = deque()
         try:
             for step in steps:
-                under_way.append(self._start(pool, epoch, step))
-                if len(under_way) > AHEAD:
-                    yield self._finish(under_way.popleft())
-            while under_way:
-                yield self._finish(under_way.popleft())
+                started.append(self._start(pool, epoch, step))
+                if len(started) > AHEAD:
+                    yield self._finish(started.popleft())
+            while started:
+                yield self._finish(started.popleft())
         finally:
-            for pending in under_way:
+            for pending in started:
                 pending.fill.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -80,8 +82,8 @@ class StreamLoader(Loader):
             pending.images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             pending.crops = [
-                batch_like(group.views, len(positions), group.size, self.device)
-                for group in self.groups
+                batch_like(crop.num_views, len(positions), crop.size, self.device)
+                for crop in self.crops
             ]
         pending.fill = Fill(self.beton, positions, pending.boxes, pending.crops, pending.images)
         if self._prefetch:
@@ -96,8 +98,8 @@ class StreamLoader(Loader):
             if pending.images is not None:
                 images = pending.images.to(self.device, non_blocking=True).movedim(-1, 1)
                 pending.crops = [
-                    crop_batch(images, to_device(box, self.device), group.size)
-                    for group, box in zip(self.groups, pending.boxes, strict=True)
+                    crop_batch(images, to_device(boxes, self.device), crop.size)
+                    for crop, boxes in zip(self.crops, pending.boxes, strict=True)
                 ]
             batch = Batch(
                 tuple(crops.flatten(0, 1) for crops in pending.crops),
@@ -108,12 +110,12 @@ class StreamLoader(Loader):
             step = torch.cuda.current_stream(self.device)
             step.wait_stream(self._beside)
             for tensor in (*batch.crops, batch.labels, batch.index):
-                tensor.record_stream(step)  # or its memory is reused while the step reads it
+                tensor.record_stream(step)  # so its memory is not reused while the step reads it
         return batch
 
 
 class _Pending:
-    """A batch under way: ``images`` where the device will crop, else ``crops`` being filled."""
+    """A batch in progress: ``images`` that a GPU will crop, or ``crops`` being filled on a CPU."""
 
     fill: Fill
 

@@ -1,54 +1,49 @@
 """Objectives: from projected views to a scalar loss.
 
-``losses`` holds the pure functions, ``methods`` those with parts of their own (a predictor, a
-queue, prototypes), and ``OBJECTIVES`` says which of them a run can name. A new one is a function
-``f(z1, z2, **settings)`` or a subclass of ``Objective``, and one line here.
+``losses`` holds pure functions, ``methods`` modules with parameters or state (a predictor, a queue,
+prototypes), and ``OBJECTIVES`` their names. A new one is a function ``f(z1, z2, option=default)``
+or a subclass of ``Objective``, and one line here.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fastproj.errors import SettingError
-from fastproj.objective.losses import barlow_twins, normalise, nt_xent, vicreg
-from fastproj.objective.methods import (
-    Byol,
-    MocoV2Plus,
-    MocoV3,
-    Objective,
-    SimSiam,
-    SupCon,
-    Swav,
-    build,
-)
+import lazy_loader
+
+from fastproj.core.table import Table
+
+if TYPE_CHECKING:
+    from fastproj.objective.losses import barlow_twins, normalize, nt_xent
+    from fastproj.objective.methods import Objective, build_objective
 
 __all__ = [
     "OBJECTIVES",
     "Objective",
     "barlow_twins",
     "build_objective",
-    "normalise",
+    "normalize",
     "nt_xent",
 ]
 
-OBJECTIVES: dict[str, Callable[..., Any]] = {
-    "simclr": nt_xent,
-    "barlow": barlow_twins,
-    "byol": Byol,
-    "simsiam": SimSiam,
-    "mocov2plus": MocoV2Plus,
-    "mocov3": MocoV3,
-    "vicreg": vicreg,
-    "swav": Swav,
-    "supcon": SupCon,
-}
+OBJECTIVES = Table(
+    "objective.name",
+    {
+        "simclr": "fastproj.objective.losses:nt_xent",
+        "barlow": "fastproj.objective.losses:barlow_twins",
+        "byol": "fastproj.objective.methods:Byol",
+        "simsiam": "fastproj.objective.methods:SimSiam",
+        "mocov2plus": "fastproj.objective.methods:MocoV2Plus",
+        "mocov3": "fastproj.objective.methods:MocoV3",
+        "vicreg": "fastproj.objective.losses:vicreg",
+        "swav": "fastproj.objective.methods:Swav",
+        "supcon": "fastproj.objective.methods:SupCon",
+    },
+)
 
-
-def build_objective(name: str, width: int, **settings: Any) -> Objective:
-    """The objective ``name`` over projections (V, B, ``width``).
-
-    It takes what it names of ``settings`` and ignores the rest. Raises ``SettingError`` for a name
-    that is not in ``OBJECTIVES``.
-    """
-    if name not in OBJECTIVES:
-        raise SettingError(f"objective.name: no {name!r}; choose one of {', '.join(OBJECTIVES)}")
-    return build(OBJECTIVES[name], width, settings)
+# Imported when first read, as they import torch.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "losses": ["barlow_twins", "normalize", "nt_xent"],
+        "methods": ["Objective", "build_objective"],
+    },
+)

@@ -1,11 +1,10 @@
-"""Methods: a loss together with the parts that are its own.
+"""Methods: a loss with its own modules and state.
 
-A predictor, a queue of keys, prototypes live here, in ``learner.objective``, and nowhere else, so
-they are optimised, checkpointed and moved to the device as part of the learner. What a method
-wants besides, a momentum copy of encoder and projector, it says by ``teacher``.
+Predictors, queues of keys and prototypes belong to ``learner.objective``, so they are optimized,
+checkpointed and moved to the device with the learner. A method that needs a momentum copy of
+encoder and projector sets ``teacher``.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastproj import dist
-from fastproj.errors import SettingError
+from fastproj.core import dist
+from fastproj.core.errors import SettingError
+from fastproj.objective import OBJECTIVES
 from fastproj.objective.losses import (
     byol,
     info_nce,
     moco_v3,
-    normalise,
+    normalize,
     simsiam,
     sinkhorn,
     sup_con,
@@ -29,38 +29,43 @@ from fastproj.objective.losses import (
 
 
 class Objective(nn.Module, ABC):
-    """From projections to a loss. ``width`` is that of the projections.
+    """From projections to a loss. ``width`` is the projections' width.
 
-    ``teacher``: wants the projections of a momentum encoder. ``local_crops``: can use more crops
-    than two. ``constant_rate``: its own parameters' learning rate neither warms up nor decays.
+    ``teacher``: needs the projections of a momentum encoder, whose momentum goes from ``momentum``
+    at the first step to ``momentum_end`` at the last, along a cosine. ``local_crops``: can use more
+    than two crops. ``constant_rate``: the learning rate of its own parameters neither warms up nor
+    decays. ``needs_labels``: cannot train on images without labels.
     """
 
     teacher = False
+    momentum: float = 1.0
+    momentum_end: float = 1.0
     local_crops = False
     constant_rate = False
+    needs_labels = False
 
     @abstractmethod
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         """The loss, a scalar of at least float32.
 
         ``z`` (V, B, width): projections, the two large crops first; ``teacher`` (2, B, width): the
-        momentum encoder's, without gradient; ``labels`` int64 (B,), -1 where there is none.
+        momentum encoder's, without gradient; ``labels`` int64 (B,), -1 for no label.
         """
 
     def begin_epoch(self, epoch: int) -> None:  # noqa: B027  most have nothing to do
-        """Called before the first step of an epoch, counted from 0, and on resuming inside one."""
+        """Called before the first step of ``epoch`` (counted from 0), and on resuming inside it."""
 
     def before_update(self) -> None:  # noqa: B027
-        """Called once an optimiser step, gradients ready."""
+        """Called once per optimizer step, before the update and with gradients ready."""
 
     def after_update(self, z: Tensor, teacher: Tensor | None) -> None:  # noqa: B027
-        """Called once an optimiser step with all of this rank's projections of that step."""
+        """Called once per optimizer step, after the update, with this rank's projections."""
 
 
 class TwoViews(Objective):
     """A loss ``f(z1, z2, **settings)`` without parts of its own."""
 
-    def __init__(self, loss: Callable[..., Tensor], **settings: float) -> None:
+    def __init__(self, loss: Callable[..., Tensor], /, **settings: float) -> None:
         super().__init__()
         self.loss, self.settings = loss, settings
 
@@ -71,7 +76,9 @@ class TwoViews(Objective):
 class SupCon(Objective):
     """Supervised contrastive learning, the upper reference [arXiv 2004.11362]."""
 
-    def __init__(self, width: int, temperature: float) -> None:
+    needs_labels = True
+
+    def __init__(self, width: int, temperature: float = 0.2) -> None:
         super().__init__()
         self.temperature = temperature
 
@@ -80,7 +87,7 @@ class SupCon(Objective):
 
 
 def predictor(width: int, hidden: int, batch_norm: bool = False) -> nn.Sequential:
-    """Linear-BN-ReLU-Linear; ``batch_norm``: an affine-free one after it, as MoCo v3 has."""
+    """Linear-BN-ReLU-Linear; ``batch_norm`` adds a non-affine BN at the end, as in MoCo v3."""
     layers = [
         nn.Linear(width, hidden, bias=False),
         nn.BatchNorm1d(hidden),
@@ -91,7 +98,7 @@ def predictor(width: int, hidden: int, batch_norm: bool = False) -> nn.Sequentia
 
 
 def _predict(head: nn.Module, z: Tensor) -> Tensor:
-    """``head`` of (V, B, width): one pass, so that batch statistics are those of all views."""
+    """``head`` of (V, B, width) in one pass, so that batch statistics are over all views."""
     return head(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
@@ -100,8 +107,15 @@ class Byol(Objective):
 
     teacher = True
 
-    def __init__(self, width: int, predictor_hidden: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        predictor_hidden: int = 4096,
+        momentum: float = 0.99,
+        momentum_end: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.momentum, self.momentum_end = momentum, momentum_end
         self.predictor = predictor(width, predictor_hidden)
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -111,14 +125,14 @@ class Byol(Objective):
 
 
 class SimSiam(Objective):
-    """SimSiam [arXiv 2011.10566]: predict the other view's projection, which is held fixed.
+    """SimSiam [arXiv 2011.10566]: predict the other view's projection, which gets no gradient.
 
     The predictor's learning rate does not decay (the paper, section 4.2).
     """
 
     constant_rate = True
 
-    def __init__(self, width: int, predictor_hidden: int) -> None:
+    def __init__(self, width: int, predictor_hidden: int = 4096) -> None:
         super().__init__()
         self.predictor = predictor(width, predictor_hidden)
 
@@ -127,45 +141,55 @@ class SimSiam(Objective):
         return simsiam(p1, p2, z[0], z[1])
 
 
-class Remembering(Objective):
-    """One with a queue: the ``queue`` last samples of all ranks, two projections of each."""
+class QueueObjective(Objective):
+    """An objective with a queue: two projections of each of all ranks' last ``queue`` samples."""
 
     queue: Tensor
     seen: Tensor
 
     def __init__(self, width: int, queue: int) -> None:
         super().__init__()
-        keys = normalise(torch.randn(2 * queue, width))
+        keys = normalize(torch.randn(2 * queue, width))
         self.register_buffer("queue", keys.view(2, queue, width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # samples ever remembered
 
     def remember(self, projections: Tensor) -> None:
-        """``projections`` (2, B, width) of this rank's samples and the others' take the place of
-        the oldest, normalised; in the same order whatever the world size."""
+        """Replace the oldest entries by all ranks' ``projections`` (2, B, width), normalized.
+
+        Their order does not depend on the world size.
+        """
         size = self.queue.shape[1]
         if size == 0:
             return
         every = dist.gather(projections.detach().transpose(0, 1).contiguous())[-size:]
         place = (self.seen + torch.arange(len(every), device=every.device)) % size
         for queue, keys in zip(self.queue, every.unbind(1), strict=True):
-            queue[place] = normalise(keys.to(queue.dtype))
+            queue[place] = normalize(keys.to(queue.dtype))
         self.seen += len(every)
 
 
-class MocoV2Plus(Remembering):
+class MocoV2Plus(QueueObjective):
     """MoCo v2 with a symmetric loss ("v2+") [arXiv 1911.05722, 2003.04297; solo-learn].
 
-    As there, each view has its own queue. Keys pass batch normalisation unshuffled: use
-    ``model.sync_bn`` where a rank's share is small.
+    As in solo-learn, each view has its own queue. Keys are not shuffled before batch normalization:
+    use ``model.sync_bn`` if the batch per rank is small.
     """
 
     teacher = True
 
-    def __init__(self, width: int, temperature: float, queue: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        temperature: float = 0.2,
+        queue: int = 0,
+        momentum: float = 0.99,
+        momentum_end: float = 1.0,
+    ) -> None:
         if queue < 1:
             raise SettingError("objective.queue: mocov2plus needs one, say --objective.queue 32768")
         super().__init__(width, queue)
         self.temperature = temperature
+        self.momentum, self.momentum_end = momentum, momentum_end
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
@@ -183,9 +207,17 @@ class MocoV3(Objective):
 
     teacher = True
 
-    def __init__(self, width: int, temperature: float, predictor_hidden: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        temperature: float = 0.2,
+        predictor_hidden: int = 4096,
+        momentum: float = 0.99,
+        momentum_end: float = 1.0,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
+        self.momentum, self.momentum_end = momentum, momentum_end
         self.predictor = predictor(width, predictor_hidden, batch_norm=True)
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -194,12 +226,12 @@ class MocoV3(Objective):
         return moco_v3(q1, q2, teacher[0], teacher[1], self.temperature)
 
 
-class Swav(Remembering):
+class Swav(QueueObjective):
     """SwAV [arXiv 2006.09882]: predict one crop's assignment to prototypes from another crop.
 
-    Assignments are solved for the global batch on every rank, and from ``queue_epoch`` on together
-    with the queue, if there is one and it is full. Prototypes have unit length and stay as they are
-    during the first ``freeze_epochs``.
+    Every rank computes the assignments of the global batch; from ``queue_epoch`` on the queue takes
+    part, if there is one and it is full. Prototypes have unit norm and are not updated during the
+    first ``freeze_epochs``.
     """
 
     local_crops = True
@@ -207,22 +239,22 @@ class Swav(Remembering):
     def __init__(
         self,
         width: int,
-        temperature: float,
-        prototypes: int,
-        sinkhorn_steps: int,
-        epsilon: float,
-        freeze_epochs: int,
-        queue: int,
-        queue_epoch: int,
+        temperature: float = 0.2,
+        prototypes: int = 3000,
+        sinkhorn_steps: int = 3,
+        epsilon: float = 0.05,
+        freeze_epochs: int = 1,
+        queue: int = 0,
+        queue_epoch: int = 15,
     ) -> None:
         super().__init__(width, queue)
         self.temperature, self.epsilon, self.steps = temperature, epsilon, sinkhorn_steps
         self.freeze_epochs, self.queue_epoch = freeze_epochs, queue_epoch
         self.epoch = self.remembered = 0
-        self.frozen = self.remembers = False  # flags: a compiled forward pass has one for each
+        self.frozen = self.remembers = False  # bools: the forward pass is compiled once per value
         self.prototypes = nn.Linear(width, prototypes, bias=False)
         with torch.no_grad():
-            self.prototypes.weight.copy_(normalise(self.prototypes.weight))
+            self.prototypes.weight.copy_(normalize(self.prototypes.weight))
 
     def begin_epoch(self, epoch: int) -> None:
         self.frozen = epoch < self.freeze_epochs
@@ -237,7 +269,7 @@ class Swav(Remembering):
         with torch.autocast(z.device.type, enabled=False):
             dtype = torch.promote_types(z.dtype, torch.float32)
             weight = self.prototypes.weight
-            views = normalise(z.to(dtype).flatten(0, 1))
+            views = normalize(z.to(dtype).flatten(0, 1))
             scores = F.linear(views, weight).unflatten(0, z.shape[:2])
             with torch.no_grad():
                 codes = torch.stack([self._codes(scores[view], view) for view in (0, 1)])
@@ -250,7 +282,7 @@ class Swav(Remembering):
         if self.remembers:
             every = torch.cat([every, F.linear(self.queue[view], self.prototypes.weight)])
         codes = sinkhorn(every, self.epsilon, self.steps)[:count]
-        return codes.view(dist.world(), -1, codes.shape[1])[dist.rank()]
+        return codes.view(dist.world_size(), -1, codes.shape[1])[dist.rank()]
 
     def before_update(self) -> None:
         if self.frozen:
@@ -258,16 +290,21 @@ class Swav(Remembering):
 
     def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
         with torch.no_grad():
-            self.prototypes.weight.copy_(normalise(self.prototypes.weight))
+            self.prototypes.weight.copy_(normalize(self.prototypes.weight))
         self.remember(z[:2])
-        self.remembered += z.shape[1] * dist.world()
+        self.remembered += z.shape[1] * dist.world_size()
         self._look()
 
 
-def build(made: Callable[..., Any], width: int, settings: dict[str, Any]) -> Objective:
-    """``made`` is a loss ``f(z1, z2, ...)`` or an ``Objective``; it gets the settings it names."""
-    names = inspect.signature(made).parameters
-    chosen = {name: value for name, value in settings.items() if name in names}
-    if isinstance(made, type):
-        return made(width, **chosen)
-    return TwoViews(made, **chosen)
+def as_objective(loss: Objective | Callable[..., Tensor]) -> Objective:
+    """An ``Objective`` as it is; a function ``f(z1, z2) -> loss`` of two views as one."""
+    return loss if isinstance(loss, Objective) else TwoViews(loss)
+
+
+def build_objective(name: str, width: int, /, **options: Any) -> Objective:
+    """The objective ``name`` over projections (V, B, ``width``) with the options that it names.
+
+    Raises ``SettingError`` for a name that is not in ``OBJECTIVES``.
+    """
+    entry = OBJECTIVES[name]
+    return entry(width, **options) if isinstance(entry, type) else TwoViews(entry, **options)

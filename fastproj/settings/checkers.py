@@ -1,6 +1,5 @@
 """What a setting may hold: text in, a value out, ``ValueError`` where the text does not fit."""
 
-import importlib
 import math
 import os
 import re
@@ -10,7 +9,9 @@ from typing import Any
 
 from fastargs.validation import Checker
 
-Value = str | int | float | bool | tuple[float, ...] | None
+from fastproj.core.table import Table, resolve
+
+Value = str | int | float | bool | tuple[float, ...] | tuple[str, ...] | None
 """What a setting may hold: plain and immutable, so that JSON and checkpoints take it as it is."""
 
 
@@ -153,14 +154,24 @@ class Choice(_Scalar):
 
 
 class Key(Choice):
-    """A key of a room's table, so that a new one is one line there; the room is imported late."""
+    """A name in a room's table, or one of ``others``; the room is imported when it is asked for.
 
-    def __init__(self, room: str, table: str):
-        self.room, self.table = room, table
+    ``address``: ``"package.module:TABLE"``.
+    """
+
+    def __init__(self, address: str, *others: str):
+        self.address, self.others = address, others
+
+    @property
+    def table(self) -> Table:
+        return resolve(self.address)
 
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(getattr(importlib.import_module(self.room), self.table))
+        return (*self.others, *self.table)
+
+    def parse(self, text: str) -> str:
+        return text if text in self.choices else super().parse(text)
 
 
 @dataclass(frozen=True)

@@ -1,166 +1,192 @@
 """From a YAML file and a command line to frozen settings: nothing unknown, nothing guessed."""
 
-import difflib
-import math
 import os
-from collections import namedtuple
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
-from fastargs import Config, Param
 
-from fastproj.errors import InputError, SettingError
-from fastproj.settings.checkers import File, Value
+from fastproj.core.errors import InputError, SettingError
+from fastproj.core.files import shipped_recipe
+from fastproj.core.table import nearest
+from fastproj.settings.checkers import File
+from fastproj.settings.choose import Given, choose
+from fastproj.settings.plugins import load_plugin
+from fastproj.settings.schema import S, Schema, as_yaml
 
-BASE = "base"  # the one key of a file that is no setting: the recipe to read before it
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Every setting's value and where it came from; frozen. ``settings.optim.lr`` reads one."""
-
-    _values: dict[str, Value]
-    _sources: dict[str, str]
-
-    def __getattr__(self, section: str) -> Any:
-        # An underscore is Python's own question (copy, pickle), asked before the fields exist.
-        values = {} if section.startswith("_") else self._values
-        split = {tuple(key.split(".")): value for key, value in values.items()}
-        found = {name: value for (group, name), value in split.items() if group == section}
-        if not found:
-            raise AttributeError(f"no section {section!r}")
-        return namedtuple(section, list(found))(**found)
-
-    def flat(self) -> dict[str, Value]:
-        """``{"section.name": value}`` in the order of declaration."""
-        return dict(self._values)
-
-    def sources(self) -> dict[str, str]:
-        """``{"section.name": "default" | "file PATH" | "command line"}``."""
-        return dict(self._sources)
-
-    def to_yaml(self) -> str:
-        """The text of ``config.yaml``: each value, its source as a comment; ``--cfg`` reads it."""
-        lines: list[str] = []
-        for key, value in self._values.items():
-            section, name = key.split(".")
-            if f"{section}:" not in lines:
-                lines.append(f"{section}:")
-            lines.append(f"  {name}: {_yaml(value)}  # {self._sources[key]}")
-        return "\n".join(lines) + "\n"
+BASE = "base"  # two keys of a file that are no settings: the recipe to read before it,
+PLUGINS = "plugins"  # and what to import before anything is chosen
+ARGV = "command line"
 
 
-class _Given(NamedTuple):
+class _Plugin(NamedTuple):
     name: str
-    text: str | list[str] | None
-    source: str
+    folder: str
     where: str
 
 
-def load(schema: Config, argv: Sequence[str], prog: str, description: str) -> Settings:
+def load(
+    schema: Schema[S],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    config: Path | None = None,
+) -> S:
     """Read ``--cfg FILE``, then ``--section.name VALUE``, over the defaults of ``schema``.
 
+    ``config`` is read in place of ``--cfg``, which is then refused: for a command that takes a run
+    folder.
+
     ``--section.name=VALUE`` and, where it is unique, ``--name`` do as well; the last one wins.
-    A file's ``base: OTHER`` reads that file first, from the folder of the one that names it.
-    ``--help`` prints every setting and leaves with exit code 0. ``--debug`` is ``run_command``'s.
+    A file's ``base: OTHER`` reads that file first, from the folder of the one that names it; its
+    ``plugins: [FILE, MODULE]``, and ``--plugins FILE,MODULE``, are imported before anything is
+    chosen. ``--help`` prints the settings that the command reads (the last word of ``prog``, in
+    ``schema.readers``) and leaves with exit code 0. ``--debug`` is ``run_command``'s.
 
-    Raises ``SettingError`` for a setting that is unknown, missing, ill-typed, out of range or twice
-    in one file, and ``InputError`` for a file that is missing, empty, no YAML mapping or its own
-    base.
+    Raises ``SettingError`` for a setting that is unknown, missing, ill-typed, out of range, twice
+    in one file or read by nothing, and ``InputError`` for a file that is missing, empty, no YAML
+    mapping or its own base, and for a plugin that fails or has changed.
     """
-    params: dict[str, Param] = {".".join(path): param for path, param in schema.entries.items()}
+    command = re.split(r"[ .]", prog)[-1]
     if "--help" in argv or "-h" in argv:
-        print(_help(schema, params, prog, description))
+        with suppress(SettingError):
+            _load_plugins(_read_command_line(argv)[2])
+        usage = f"{prog} FOLDER" if config else f"{prog} [--cfg FILE]"
+        print(_help(schema, command, usage, description))
         raise SystemExit(0)
-    cfg, given = _read_command_line(argv, params)
-    values: dict[str, Value] = {name: param.default for name, param in params.items()}
-    sources = dict.fromkeys(params, "default")
+    cfg, given, wanted = _read_command_line(argv)
+    if config:
+        if cfg is not None:
+            raise SettingError(f"{ARGV}: {prog} reads {config} and takes no --cfg")
+        cfg = str(config)
+    given = [item._replace(name=_full_name(item.name, schema, wanted)) for item in given]
     if cfg is not None:
-        if "run.name" in params:
-            values["run.name"], sources["run.name"] = Path(cfg).stem, f"file {cfg}"
-        given = [*_read_recipe(cfg, params), *given]
-    for name, text, source, where in given:
-        try:
-            values[name] = params[name].checker.check(text)
-        except ValueError:
-            wanted = params[name].checker.help()
-            shown = "null" if text is None else repr(text)
-            raise SettingError(f"{where}: {name} must be {wanted}, not {shown}") from None
-        sources[name] = source
-    for name, param in params.items():
-        if param.required and values[name] is None:
+        cfg = shipped_recipe(cfg)
+        before, plugins = _read_recipe(cfg, schema)
+        if "run.name" in schema.params:
+            before.insert(0, Given("run.name", Path(cfg).stem, "default", cfg))
+        given, wanted = before + given, plugins + wanted
+    loaded = _load_plugins(wanted)
+    _refuse_unknown(schema, given)
+    chosen = choose(schema, given)
+    for item in given:
+        if item.source == ARGV and not schema.reads(command, item.name):
+            others = [name for name in ("train", *schema.readers) if schema.reads(name, item.name)]
+            raise SettingError(
+                f"{ARGV}: --{item.name} is not read by {command}, but by {' and '.join(others)}: "
+                "leave it out"
+            )
+    for name, param in schema.params.items():
+        if param.required and chosen.all[name] is None and schema.reads(command, name):
             raise SettingError(f"{name} is missing: give --{name} VALUE ({param.desc})")
-    return Settings(values, sources)
+    return schema.build(
+        chosen.all,
+        chosen.options,
+        plugins=loaded,
+        _values={name: chosen.all[name] for name in chosen.sources},
+        _sources=chosen.sources,
+    )
 
 
-def _read_command_line(
-    argv: Sequence[str], params: dict[str, Param]
-) -> tuple[str | None, list[_Given]]:
-    """The file that ``--cfg`` names and the settings given as options."""
-    cfg, given, where = None, [], "command line"
+def _load_plugins(wanted: Sequence[_Plugin]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(load_plugin(*plugin) for plugin in wanted))
+
+
+def _plugins(text: str | list[str] | None, folder: str, where: str) -> list[_Plugin]:
+    """A list of plugins as text: ``a.py,b`` or a YAML list."""
+    names = re.sub(r"^\[(.*)\]$", r"\1", text).split(",") if isinstance(text, str) else text
+    names = [name.strip() for name in names or []]
+    if not all(name and name.isprintable() for name in names):
+        raise SettingError(f"{where}: plugins are Python files or modules: a.py,b")
+    return [_Plugin(name, folder, where) for name in names]
+
+
+def _read_command_line(argv: Sequence[str]) -> tuple[str | None, list[Given], list[_Plugin]]:
+    """The file that ``--cfg`` names, the options as they stand, and the plugins."""
+    cfg, given, plugins = None, [], []
     tokens = iter(argv)
     for token in tokens:
-        if token == "--debug":
+        if token in ("--debug", "--help", "-h"):
             continue
         option, equals, text = token.partition("=")
         if not option.startswith("--"):
-            raise SettingError(f"{where}: {token!r} follows no option; a list is written 1,2,3")
-        name = option[2:] if option == "--cfg" else _full_name(option[2:], params)
+            raise SettingError(f"{ARGV}: {token!r} follows no option; a list is written 1,2,3")
         if not equals:
             text = next(tokens, "--")  # Nothing left reads as an option: no value.
             if text.startswith("--"):
-                raise SettingError(f"{where}: {option} needs a value: {option} VALUE")
-        if name != "cfg":
-            given.append(_Given(name, text, where, where))
+                raise SettingError(f"{ARGV}: {option} needs a value: {option} VALUE")
+        if option == f"--{PLUGINS}":
+            plugins += _plugins(text, "", ARGV)
+        elif option != "--cfg":
+            given.append(Given(option[2:], text, ARGV, ARGV))
         elif cfg is None and text.isprintable():
             cfg = text
         else:
-            raise SettingError(f"{where}: --cfg takes one file, once")
-    return cfg, given
+            raise SettingError(f"{ARGV}: --cfg takes one file, once")
+    return cfg, given, plugins
 
 
-def _full_name(name: str, params: dict[str, Param]) -> str:
+def _full_name(name: str, schema: Schema, plugins: Sequence[_Plugin]) -> str:
     """``section.name`` of an option; the section may be left out where the name is unique."""
-    if name in params:
+    if name in schema.params or schema.is_option(name):
         return name
-    found = [full for full in params if full.split(".")[1] == name]
+    found = [full for full in schema.params if full.split(".")[1] == name]
+    if not found and "." not in name:  # a hyperparameter that only a plugin's entry names
+        _load_plugins(plugins)
+        found = [f"{part}.{name}" for part in schema.choices if schema.table(part).readers(name)]
     if len(found) > 1:
-        raise SettingError(f"command line: --{name} may be any of --{', --'.join(found)}")
+        raise SettingError(f"{ARGV}: --{name} may be any of --{', --'.join(found)}")
     if not found:
-        right = _nearest(name, [*params, "cfg", "help", "debug"])
-        raise SettingError(f"command line: unknown setting --{name}; did you mean --{right}?")
+        right = nearest(name, [*schema.params, "cfg", PLUGINS, "help", "debug"])
+        raise SettingError(f"{ARGV}: unknown setting --{name}; did you mean --{right}?")
     return found[0]
 
 
-def _read_recipe(
-    path: str,
-    params: dict[str, Param],
-    chain: tuple[str, ...] = (),
-    asked: str = "--cfg takes a YAML file",
-) -> list[_Given]:
-    """The settings of a file, after those of the file that it is based on, so that its own win.
-
-    ``chain``: the files that led here, each based on the next; ``asked``: who named ``path``.
-    """
-    chain = (*chain, path)
-    if os.path.realpath(path) in map(os.path.realpath, chain[:-1]):
-        raise InputError(f"{' -> '.join(chain)}: a recipe cannot be its own base; {asked}")
-    before: list[_Given] = []
-    own = list(_read_file(path, params, asked))  # whole: its own mistakes come before its base's
-    for item in own:
-        if item.name == BASE:
-            try:
-                base = str(Path(path).parent / str(File().check(item.text)))
-            except ValueError:
-                raise SettingError(f"{item.where}: base must be the path of a YAML file") from None
-            before = _read_recipe(base, params, chain, f"{item.where}, names it as its base")
-    return before + [item for item in own if item.name != BASE]
+def _refuse_unknown(schema: Schema, given: Sequence[Given]) -> None:
+    """``SettingError`` for a hyperparameter that no entry names, plugins' entries included."""
+    for item in given:
+        section, _, short = item.name.partition(".")
+        if item.name in schema.params or schema.table(section).readers(short):
+            continue
+        dashes, right = "--" if item.source == ARGV else "", nearest(item.name, schema.params)
+        name = f"{dashes}{item.name}" if dashes else repr(item.name)
+        right = f"{dashes}{right}" if dashes else repr(right)
+        raise SettingError(f"{item.where}: unknown setting {name}; did you mean {right}?")
 
 
-def _read_file(path: str, params: dict[str, Param], asked: str) -> Iterator[_Given]:
+def _read_recipe(path: str, schema: Schema) -> tuple[list[Given], list[_Plugin]]:
+    """The settings and plugins of a file, after those of the one it is based on: its own win."""
+    chain, seen, asked = [path], {os.path.realpath(path)}, "--cfg takes a YAML file"
+    layers: list[list[Given]] = []
+    while True:
+        own = list(_read_file(path, schema, asked))
+        layers.insert(0, own)
+        base = next((item for item in own if item.name == BASE), None)
+        if base is None:
+            break
+        try:
+            path = str(Path(path).parent / str(File().check(base.text)))
+        except ValueError:
+            raise SettingError(f"{base.where}: base must be the path of a YAML file") from None
+        chain.append(path)
+        asked = f"{base.where}, names it as its base"
+        if os.path.realpath(path) in seen:
+            raise InputError(f"{' -> '.join(chain)}: a recipe cannot be its own base; {asked}")
+        seen.add(os.path.realpath(path))
+    given, plugins = [], []
+    for folder, layer in zip(map(os.path.dirname, reversed(chain)), layers, strict=True):
+        given += [item for item in layer if item.name not in (BASE, PLUGINS)]
+        for item in layer:
+            if item.name == PLUGINS:
+                plugins += _plugins(item.text, folder, item.where)
+    return given, plugins
+
+
+def _read_file(path: str, schema: Schema, asked: str) -> Iterator[Given]:
     """What one YAML file gives. Nodes, not objects: they keep lines, duplicates and text."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -169,10 +195,13 @@ def _read_file(path: str, params: dict[str, Param], asked: str) -> Iterator[_Giv
         raise InputError(f"cannot read {path}: {error.strerror}; {asked}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from None
+    except RecursionError:
+        raise InputError(
+            f"{path} is nested too deeply: write 'section:' and below it, indented, 'name: value'"
+        ) from None
     if not isinstance(root, yaml.MappingNode):
         what = "is empty" if root is None else "holds no sections"
         raise InputError(f"{path} {what}; write 'section:' and below it, indented, 'name: value'")
-    sections = {name.split(".")[0] for name in params}
     lines: dict[str, int] = {}
     todo = [("", root)]
     while todo:
@@ -186,10 +215,11 @@ def _read_file(path: str, params: dict[str, Param], asked: str) -> Iterator[_Giv
             if name in lines:
                 raise SettingError(f"{where}: {name} is already set on line {lines[name]}")
             lines[name] = line
-            if name in params or name == BASE:
-                yield _Given(name, _text(node, where), f"file {path}", where)
-            elif name not in sections:
-                right = _nearest(name, [*params, BASE])
+            known = name in schema.params or name in (BASE, PLUGINS)
+            if known or (schema.is_option(name) and not isinstance(node, yaml.MappingNode)):
+                yield Given(name, _text(node, where), f"file {path}", where)
+            elif name not in schema.groups:
+                right = nearest(name, [*schema.params, BASE, PLUGINS])
                 raise SettingError(f"{where}: unknown setting {name!r}; did you mean {right!r}?")
             elif isinstance(node, yaml.MappingNode):
                 todo.append((f"{name}.", node))
@@ -208,37 +238,23 @@ def _text(node: yaml.Node, where: str) -> str | list[str] | None:
     raise SettingError(f"{where}: a setting takes one value or one flat list")
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    """The likest name; the part after the dot counts twice, as sections are easily mistaken."""
-
-    def likeness(other: str) -> float:
-        short = difflib.SequenceMatcher(None, name.split(".")[-1], other.split(".")[-1]).ratio()
-        return short + difflib.SequenceMatcher(None, name, other).ratio()
-
-    return max(names, key=likeness)
-
-
-def _yaml(value: Value) -> str:
-    """One value as YAML 1.1 on one line (``3.0e-05``: without the dot others read it as text)."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return text.splitlines()[0]
-
-
-def _help(schema: Config, params: dict[str, Param], prog: str, description: str) -> str:
+def _help(schema: Schema, command: str, prog: str, description: str) -> str:
     lines = [
-        f"usage: {prog} [--cfg FILE] [--section.name VALUE ...] [--help] [--debug]",
+        f"usage: {prog} [--section.name VALUE ...] [--plugins FILE,MODULE,...] [--help] [--debug]",
         description,
         "The command line goes before the file, the file before the defaults shown here.",
         "A section may be left out where the name is unique.",
         "In a file, base: OTHER reads another file first, from its own folder; its own lines win.",
+        "Plugins are Python files or modules that add entries; in a file: plugins: [FILE, MODULE].",
     ]
-    width = max(len(name) for name in params)
-    for section in schema.sections.values():
-        lines += ["", f"{section.ns[0]}: {section.desc}"]
-        for name, param in params.items():
-            if param.section is section:
-                default = "required" if param.required else _yaml(param.default)
-                lines.append(
-                    f"  --{name:<{width}}  {default:<8}  {param.desc} ({param.checker.help()})"
-                )
+    params = {name: p for name, p in schema.params.items() if schema.reads(command, name)}
+    width = max(map(len, params), default=0)
+    before = ""
+    for name, param in params.items():
+        section = name.split(".")[0]
+        if section != before:
+            lines += ["", f"{section}: {schema.groups[section].__doc__}"]
+        before = section
+        default = "required" if param.required else as_yaml(param.default)
+        lines.append(f"  --{name:<{width}}  {default:<8}  {param.desc} ({param.checker.help()})")
     return "\n".join(lines)

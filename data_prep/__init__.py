@@ -1,1 +1,0 @@
-"""Raw images to betons: the command ``data_prep/write_ffcv.py`` and its parts."""

@@ -1,0 +1,1 @@
+"""Views: uint8 crops become the augmented, normalized floats that an encoder sees."""

@@ -1,0 +1,1 @@
+"""What every room uses: errors, files, device, machine, distributed, the compiled C library."""

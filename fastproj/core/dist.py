@@ -1,0 +1,190 @@
+"""Distributed training: rank, world size, and differentiable collectives.
+
+The only room that uses ``torch.distributed``. torchrun starts the processes and tells each one its
+place in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. With a single process nothing is
+initialized and every function here is the identity.
+"""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastproj.core.errors import InputError
+
+
+class Rank(NamedTuple):
+    """This process's rank and the world size, over all machines and on this machine (local)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int = 1
+
+
+def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
+    """Join the process group that torchrun announces; alone, or when called again, do nothing.
+
+    ``device`` decides the backend: NCCL for ``cuda`` (the current GPU becomes the one numbered
+    LOCAL_RANK), Gloo otherwise. ``timeout``: seconds that ranks wait for one another, here and in
+    every later collective. Raises ``InputError`` if the environment is incomplete, a GPU is
+    missing, or other ranks do not join.
+    """
+    rank, world_size, local = (_announced(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_world_size = _announced("LOCAL_WORLD_SIZE")
+    if world_size is None or world_size == 1:
+        return Rank(0, 1, 0)
+    if rank is None or local is None:
+        raise InputError(
+            f"WORLD_SIZE is {world_size} but RANK or LOCAL_RANK is not set: use torchrun"
+        )
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {rank} needs GPU {local} but this machine shows {torch.cuda.device_count()}:"
+                " start at most one process per GPU (torchrun --nproc_per_node)"
+            )
+        torch.cuda.set_device(local)
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if on_cuda else "gloo",
+                timeout=timedelta(seconds=timeout),
+                device_id=torch.device("cuda", local) if on_cuda else None,
+            )
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"rank {rank} of {world_size} did not meet the others at {where} within {timeout:g} s"
+            f" ({reason}): start all ranks with one torchrun command"
+        ) from error
+    return Rank(rank, world_size, local, local_world_size or 1)
+
+
+def _announced(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise InputError(f"environment variable {name} is {text!r}, not a whole number: unset it")
+    return int(text)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one. Safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank; 0 for a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 for a single process."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, which alone writes files and prints."""
+    return rank() == 0
+
+
+class _Gather(torch.autograd.Function):
+    # torch.distributed.nn.functional.all_gather does the same, but is deprecated.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())
+        ]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        # Every rank's loss depends on this rank's rows, so their gradients are summed.
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
+@torch.compiler.disable
+def _outside_graphs(function: type[torch.autograd.Function], x: Tensor) -> Tensor:
+    """Run the collective eagerly: torch would rewrite it inside a compiled graph."""
+    return function.apply(x)
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate every rank's ``x`` (n, ...) to (world·n, ...), in rank order.
+
+    Differentiable: the gradient of ``x`` is the *sum* of all ranks' gradients for these rows. All
+    ranks must give the same shape and dtype. A single process returns ``x`` itself.
+    """
+    return _outside_graphs(_Gather, x) if world_size() > 1 else x
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of ``x`` over ranks, same shape and dtype.
+
+    Differentiable: the gradient of ``x`` is the *sum* of all ranks' gradients of the total. All
+    ranks must give the same shape. A single process returns ``x`` itself.
+    """
+    return _outside_graphs(_Total, x) if world_size() > 1 else x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of ``x`` over ranks, same shape and dtype (floating), detached."""
+    x = x.detach()
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def any_true(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank: a signal may reach one rank, and all must stop.
+
+    Waits for every rank, and for the GPU under NCCL, so do not call it in every step.
+    """
+    if world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(int(flag), device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def from_main(text: str) -> str:
+    """Rank 0's ``text``, on every rank."""
+    if world_size() == 1:
+        return text
+    shared = [text]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def barrier() -> None:
+    """Wait until every rank has called this."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,42 @@
+"""Errors that a user can fix: a command prints one line and exits with a code, no traceback."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """A file, folder or value that cannot be used. The message is one line: what, where, fix."""
+
+    exit_code = 1
+
+
+class SettingError(InputError):
+    """A setting that is unknown or ill-typed."""
+
+    exit_code = 2
+
+
+def run_command(
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run ``main(argv)`` and end the process with its exit code.
+
+    ``InputError`` becomes one line on stderr and exit code 1 (``SettingError``: 2); so does
+    ``OSError`` (missing file, no permission, full disk). ``--debug`` anywhere on the command line
+    also shows the traceback. Any other exception is a bug and is raised.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = main(argv) or 0
+    except (InputError, OSError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        code = getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130  # as a shell reports SIGINT
+    sys.exit(code)

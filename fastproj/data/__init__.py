@@ -1,0 +1,1 @@
+"""Betons (FFCV's dataset files): layout, manifest, opening and verifying."""

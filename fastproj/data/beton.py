@@ -1,0 +1,194 @@
+"""Open a beton (FFCV's dataset file) and check it before anything is read from it.
+
+FFCV does not check what it reads. A manifest ``<stem>.json`` therefore lies beside
+``<stem>.beton``: ``open_beton`` compares sizes, header, rows and table with it in milliseconds,
+``verify`` reads every byte. ``layout`` describes the file.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastproj.core.errors import InputError
+from fastproj.data.layout import (
+    DESCRIPTOR,
+    FIELDS,
+    HEADER,
+    IMAGE_TYPE,
+    INT_TYPE,
+    RAW,
+    TABLE,
+    VERSION,
+    row_type,
+    sample_digest,
+)
+from fastproj.data.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class Beton:
+    """An opened, checked beton. Arrays have N entries in sample order.
+
+    ``data``: the whole file, uint8, read-only memory map. ``mode``: uint8, JPEG or RAW.
+    The others are int64: ``width``, ``height`` as stored (pixels); ``pointer``, ``length`` (bytes
+    in ``data``); ``label`` (-1: none); ``index`` (0 … N-1); ``source_width``, ``source_height``
+    (pixels): the original size in a square store, whose images are all resized to one square, and
+    the stored size otherwise.
+    """
+
+    path: Path
+    manifest: Manifest
+    data: np.ndarray
+    mode: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    pointer: np.ndarray
+    length: np.ndarray
+    label: np.ndarray
+    index: np.ndarray
+    source_width: np.ndarray
+    source_height: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return self.manifest.classes
+
+    def stored(self, sample: int) -> np.ndarray:
+        """The stored bytes of one sample: uint8 (length,), a view into ``data``."""
+        start = self.pointer[sample]
+        return self.data[start : start + self.length[sample]]
+
+    def digest(self, sample: int, stored: bytes | memoryview) -> bytes:
+        """``sample_digest`` of the bytes ``stored`` and this sample's row."""
+        image = (self.mode, self.width, self.height)
+        row = (*image, self.label, self.source_width, self.source_height)
+        return sample_digest(stored, *(int(column[sample]) for column in row))
+
+
+def open_beton(path: str | os.PathLike) -> Beton:
+    """Open a beton after checking its size, header, rows, table and manifest; read no sample.
+
+    Raises ``InputError`` with one line that says what is wrong and where.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such beton; write it with fastproj prepare")
+    size = path.stat().st_size
+    if size < HEADER.itemsize:
+        raise InputError(f"{path}: {size} bytes, too short for a beton; write it again")
+    data = np.memmap(path, np.uint8, mode="r")
+    rows, table, content = _read_tables(path, data)
+    manifest = read_manifest(path.with_suffix(".json"))
+    for what, here, there in (
+        ("samples", len(rows), manifest.samples),
+        ("bytes", size, manifest.file_bytes),
+        ("content digest", content, manifest.content),
+    ):
+        if here != there:
+            raise InputError(
+                f"{path}: its {what} ({here}) differs from the manifest's ({there}): the manifest "
+                "is of another file, or the beton is damaged; write both again"
+            )
+    beton = _beton(path, manifest, data, rows, table)
+    _check_rows(beton, rows, table)
+    return beton
+
+
+def _read_tables(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Check the sizes; return rows (N,), allocation table (N,) in sample order, content digest."""
+    header = np.frombuffer(data, HEADER, 1)[0]
+    square = header["num_fields"] == len(FIELDS)
+    row = row_type(square)
+    samples, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    names = row.names or ()
+    rows_at = HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
+    fields = _fields(path, header, data)
+    if fields != [(IMAGE_TYPE if n == "image" else INT_TYPE, n) for n in names]:
+        found = ", ".join(name for _, name in fields)
+        if path.with_suffix(".json").exists():
+            raise InputError(f"{path}: fields {found}, expected {', '.join(names)}; write it again")
+        raise InputError(
+            f"{path}: an FFCV file with the fields {found}, which lacks fastproj's index field or "
+            "manifest: write it from the images with fastproj prepare"
+        )
+    wanted = table_at + samples * TABLE.itemsize
+    if samples == 0 or wanted != len(data) or rows_at + samples * row.itemsize > table_at:
+        raise InputError(
+            f"{path}: {len(data)} bytes, but its header promises {samples} samples and {wanted} "
+            "bytes: cut, damaged or half written; write it again"
+        )
+    descriptors = np.frombuffer(data, DESCRIPTOR, len(names), HEADER.itemsize)
+    rows = np.frombuffer(data, row, samples, rows_at)
+    table = np.frombuffer(data, TABLE, samples, table_at)
+    order = np.argsort(table["sample_id"], kind="stable")
+    return rows, table[order], descriptors[0]["arguments"][:32].tobytes().hex()
+
+
+def _fields(path: Path, header: np.void, data: np.ndarray) -> list[tuple[int, str]]:
+    """(type id, name) of each field of an FFCV file; ``InputError`` for a file of another kind."""
+    count = int(header["num_fields"])
+    if header["version"] != VERSION or not count:
+        raise InputError(f"{path}: not a beton (FFCV version {VERSION} header expected)")
+    if HEADER.itemsize + count * DESCRIPTOR.itemsize > len(data):
+        raise InputError(
+            f"{path}: {len(data)} bytes, too few for the {count} fields that its header promises: "
+            "cut, damaged or no beton; write it again"
+        )
+    descriptors = np.frombuffer(data, DESCRIPTOR, count, HEADER.itemsize)
+    return [
+        (int(d["type_id"]), d["name"].tobytes().rstrip(b"\0").decode("ascii", "backslashreplace"))
+        for d in descriptors
+    ]
+
+
+def _beton(
+    path: Path, manifest: Manifest, data: np.ndarray, rows: np.ndarray, table: np.ndarray
+) -> Beton:
+    image = rows["image"]
+    width, height = image["width"].astype(np.int64), image["height"].astype(np.int64)
+    square = "width" in (rows.dtype.names or ())
+    return Beton(
+        path=path,
+        manifest=manifest,
+        data=data,
+        mode=image["mode"].copy(),
+        width=width,
+        height=height,
+        pointer=table["ptr"].astype(np.int64),
+        length=table["size"].astype(np.int64),
+        label=rows["label"].astype(np.int64),
+        index=rows["index"].astype(np.int64),
+        source_width=rows["width"].astype(np.int64) if square else width,
+        source_height=rows["height"].astype(np.int64) if square else height,
+    )
+
+
+def _check_rows(beton: Beton, rows: np.ndarray, table: np.ndarray) -> None:
+    """Check that every row and table entry is possible; ``InputError`` names the first bad one."""
+    number = np.arange(len(beton))
+    rows_end = HEADER.itemsize + len(rows.dtype.names or ()) * DESCRIPTOR.itemsize + rows.nbytes
+    table_at = len(beton.data) - table.nbytes
+    pixels = beton.width * beton.height
+    for what, good in (
+        ("sample ids do not cover the samples", table["sample_id"] == number),
+        ("pointers of row and table differ", table["ptr"] == rows["image"]["data_ptr"]),
+        ("stored bytes lie outside the data", (beton.pointer >= rows_end) & (beton.length > 0)),
+        ("stored bytes reach past the data", beton.length <= table_at - beton.pointer),
+        ("no such image mode", beton.mode <= RAW),
+        ("no pixels", (pixels > 0) & (beton.source_width > 0) & (beton.source_height > 0)),
+        ("raw size is not 3·w·h", (beton.mode != RAW) | (beton.length == 3 * pixels)),
+        ("label outside the classes", (beton.label >= -1) & (beton.label < len(beton.classes))),
+        ("index is not the sample's number", beton.index == number),
+    ):
+        if not good.all():
+            first = int(np.argmin(good))
+            raise InputError(
+                f"{beton.path}: {what} ({int((~good).sum())} of {len(good)} samples, the first is "
+                f"sample {first}): header or table is damaged; write it again"
+            )

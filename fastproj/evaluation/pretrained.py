@@ -1,0 +1,110 @@
+"""A pre-trained encoder on the disk: read from a checkpoint or an export, written as an export."""
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastproj.core.errors import InputError
+from fastproj.core.files import replacing
+from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.runs import checkpoint
+
+EXPORT = ".safetensors"  # how an export's name ends
+ABOUT = ("encoder", "stem", "mean", "std", "step", "epoch")  # its metadata
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights of an encoder and what they expect.
+
+    ``encoder`` and ``stem``: its architecture, as ``build_encoder`` names it. ``mean`` and ``std``:
+    per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was trained.
+    """
+
+    encoder: str
+    stem: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    step: int
+    epoch: int
+    weights: Mapping[str, Tensor]
+
+    def build(self) -> Encoder:
+        """The encoder with these weights, on the CPU."""
+        encoder = build_encoder(self.encoder, self.stem)
+        encoder.load_state_dict(self.weights)
+        return encoder
+
+
+def load_pretrained(path: str | Path) -> Pretrained:
+    """The encoder of a checkpoint, or of a file that ``save_pretrained`` wrote (``.safetensors``).
+
+    Raises ``InputError`` for a file that is missing, damaged or holds no encoder.
+    """
+    path = Path(path)
+    if path.suffix == EXPORT:
+        return _load_export(path)
+    state = checkpoint.load(path)
+    if "encoder" not in state or "settings" not in state:
+        raise InputError(f"{path} holds no encoder: give a checkpoint of fastproj.train")
+    made = state["settings"]
+    return Pretrained(
+        encoder=made["model.encoder"],
+        stem=made["model.stem"],
+        weights=state["encoder"],
+        **{name: state[name] for name in ("mean", "std", "step", "epoch")},
+    )
+
+
+def save_pretrained(pretrained: Pretrained, path: Path) -> None:
+    """Write an export: the weights under torchvision's names, all else as metadata.
+
+    The metadata has a SHA-256 of it all as well: safetensors itself has no checksum. Raises
+    ``InputError`` where the file cannot be written.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in pretrained.weights.items()}
+    about = {name: str(getattr(pretrained, name)) for name in ABOUT}
+    with replacing(path) as file:
+        file.write(save(weights, metadata=about | {"sha256": _digest(about, weights)}))
+
+
+def _load_export(path: Path) -> Pretrained:
+    if not path.is_file():
+        raise InputError(f"there is no export {path}: write it with fastproj.export")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is a damaged export ({error}): export the run again") from None
+    missing = {*ABOUT, "sha256"} - about.keys()
+    if missing:
+        raise InputError(
+            f"{path} is no export of fastproj, its metadata lacks {', '.join(sorted(missing))}: "
+            "give one that fastproj.export wrote, or a checkpoint"
+        )
+    if about["sha256"] != _digest(about, weights):
+        raise InputError(
+            f"{path} is a damaged export (its checksum is another one): export the run again"
+        )
+    return Pretrained(
+        encoder=about["encoder"],
+        stem=about["stem"],
+        weights=weights,
+        **{name: ast.literal_eval(about[name]) for name in ("mean", "std", "step", "epoch")},
+    )
+
+
+def _digest(about: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the metadata ``ABOUT`` and each tensor's name and bytes, by name."""
+    digest = hashlib.sha256(repr([about[name] for name in ABOUT]).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""``eval.json``: one header and one row per encoder, data set and probe."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastproj.core.errors import InputError
+from fastproj.core.files import replacing
+from fastproj.runs.folder import RunFolder
+
+SCHEMA = 2  # of eval.json
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score: what was probed, how, and what came out.
+
+    ``encoder``: ``pre-trained``, ``random`` (as pre-training found it) or ``pixels`` (none).
+    ``data``: name of the data set. ``probe``: its name in ``PROBES``. ``metrics``: name -> score,
+    accuracies as fractions in [0, 1]. ``protocol``: everything that repeating the row takes, with
+    the parts ``data``, ``features`` and ``probe``. ``seconds``: of ``features`` and ``probe``.
+    ``predictions``: a NumPy file, int64, one class per val image; its path is relative to the run
+    folder. None where none was kept.
+    """
+
+    encoder: str
+    data: str
+    probe: str
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+    seconds: dict[str, float]
+    predictions: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``eval.json`` holds.
+
+    ``checkpoint``: ``file``, ``sha256``, ``step`` and ``epoch`` of what was evaluated.
+    ``versions``: of the packages, of Python, and the device's name.
+    """
+
+    checkpoint: dict[str, Any]
+    versions: dict[str, str | None]
+    rows: tuple[Row, ...]
+
+
+def write_evaluation(
+    run: RunFolder, evaluation: Evaluation, predictions: Mapping[str, Tensor]
+) -> None:
+    """Write ``eval.json``, and before it ``predictions``: path as in the rows -> int64 (N,).
+
+    Raises ``InputError`` where a file cannot be written.
+    """
+    for path, classes in predictions.items():
+        file = run.path / path
+        content = io.BytesIO()
+        np.save(content, classes.cpu().numpy())
+        try:
+            file.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from None
+        with replacing(file) as whole:
+            whole.write(content.getvalue())
+    text = json.dumps({"schema": SCHEMA, **asdict(evaluation)}, indent=2) + "\n"
+    with replacing(run.evaluation) as whole:
+        whole.write(text.encode())
+
+
+def read_evaluation(run: RunFolder) -> Evaluation:
+    """Read ``eval.json``. Raises ``InputError`` if it is missing, damaged or of another schema."""
+    path, again = run.evaluation, "evaluate the run again"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; evaluate the run first") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): {again}") from None
+    schema = content.pop("schema", 1) if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema}, expected {SCHEMA}: {again}")
+    try:
+        rows = tuple(Row(**row) for row in content.pop("rows"))
+        return Evaluation(rows=rows, **content)
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path} is damaged, its entries differ from schema {SCHEMA}: {again}"
+        ) from None
+
+
+def table(evaluation: Evaluation) -> str:
+    """One line per row, accuracies in per cent, and what should be known about a probe's choice."""
+    lines = [
+        f"{'encoder':<12} {'data':<12} {'probe':<6} {'top-1':>7} {'top-5':>7} {'width':>6} "
+        f"{'features':>10} {'probe':>8}  chosen"
+    ]
+    notes = []
+    for row in evaluation.rows:
+        scores = " ".join(f"{row.metrics[name]:>7.2%}" for name in ("top1", "top5"))
+        chosen = row.protocol["probe"].get("chosen", {})
+        picked = "".join(
+            f"{name.replace('_', ' ')} {chosen[name]:g}  "
+            for name in ("learning_rate", "weight_decay") if name in chosen
+        )  # fmt: skip
+        lines.append(
+            f"{row.encoder:<12} {row.data:<12} {row.probe:<6} {scores} "
+            f"{row.protocol['features']['width']:>6} {row.seconds['features']:>8.2f} s "
+            f"{row.seconds['probe']:>6.2f} s  {picked}".rstrip()
+        )
+        if edge := chosen.get("edge"):
+            names = " and ".join(edge)
+            notes.append(
+                f"{row.encoder}, {row.probe}: {names} chosen at the end of the list: make it longer"
+            )
+        if alone := chosen.get("classes_not_held_out"):
+            notes.append(
+                f"{row.encoder}, {row.probe}: {alone} classes have one training image each and did "
+                "not take part in the choice"
+            )
+    return "\n".join([*lines, *notes])

@@ -1,0 +1,91 @@
+"""Encoders: torchvision's ResNets without their classifier, and one small enough for a CPU."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+from torch import nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, ResNet, conv1x1
+
+from fastproj.core.errors import SettingError
+from fastproj.models import ENCODERS
+
+STEMS = ("imagenet", "cifar")
+
+
+class Encoder(nn.Sequential):
+    """Images (N, 3, H, W) -> features (N, ``num_features``).
+
+    The children have torchvision's names (``conv1`` … ``layer4``, ``avgpool``), so state dicts are
+    interchangeable with torchvision's ResNet, apart from its ``fc``.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], num_features: int) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.num_features = num_features
+
+
+def _from_torchvision(build: Callable[..., ResNet], stem: str) -> Encoder:
+    layers = dict(build(weights=None).named_children())
+    features = layers.pop("fc").in_features
+    if stem == "cifar":
+        # Padding 2 as in the authors' code (PKU-ML/Projector_Theory): a 32×32 image becomes 34×34.
+        layers["conv1"] = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+        layers["maxpool"] = nn.Identity()
+    return Encoder({**layers, "flatten": nn.Flatten()}, features)
+
+
+# Half of a CPU step is spent at full resolution. A stem of 16 channels (as in CIFAR's ResNet-20)
+# instead of 32 makes the step a third shorter; later stages are half as wide as ResNet-18's.
+SMALL_WIDTHS = (16, 64, 128, 256)
+
+
+def resnet18(stem: str) -> Encoder:
+    """torchvision's ResNet-18: 11.2 million parameters, 512 features."""
+    return _from_torchvision(models.resnet18, stem)
+
+
+def resnet34(stem: str) -> Encoder:
+    """torchvision's ResNet-34: 21.3 million parameters, 512 features."""
+    return _from_torchvision(models.resnet34, stem)
+
+
+def resnet50(stem: str) -> Encoder:
+    """torchvision's ResNet-50: 23.5 million parameters, 2048 features."""
+    return _from_torchvision(models.resnet50, stem)
+
+
+def resnet_small(stem: str) -> Encoder:
+    """A narrow ResNet-10 (1.2 million parameters) of torchvision's blocks."""
+    first = SMALL_WIDTHS[0]
+    layers: dict[str, nn.Module] = {}
+    if stem == "cifar":
+        layers["conv1"] = nn.Conv2d(3, first, 3, padding=1, bias=False)
+    else:
+        layers["conv1"] = nn.Conv2d(3, first, 7, stride=2, padding=3, bias=False)
+    layers |= {"bn1": nn.BatchNorm2d(first), "relu": nn.ReLU(inplace=True)}
+    layers["maxpool"] = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
+    layers["layer1"] = BasicBlock(first, first)
+    for number, (before, width) in enumerate(pairwise(SMALL_WIDTHS), start=2):
+        shortcut = nn.Sequential(conv1x1(before, width, stride=2), nn.BatchNorm2d(width))
+        layers[f"layer{number}"] = BasicBlock(before, width, stride=2, downsample=shortcut)
+    layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    encoder = Encoder(layers, SMALL_WIDTHS[-1])
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return encoder
+
+
+def build_encoder(name: str, stem: str) -> Encoder:
+    """A new, randomly initialized encoder: ``name`` of ``ENCODERS``, ``stem`` of ``STEMS``.
+
+    Stem ``imagenet`` is torchvision's (7×7 stride 2, max-pool: for images of about 224 pixels);
+    stem ``cifar`` is 3×3 stride 1 without max-pool (for about 32 pixels). Residual branches are not
+    zero-initialized: the authors' code does not. Raises ``SettingError`` for any other name.
+    """
+    if stem not in STEMS:
+        raise SettingError(f"model.stem: no {stem!r}; choose one of {', '.join(STEMS)}")
+    return ENCODERS[name](stem)

@@ -1,0 +1,80 @@
+"""Command: raw images to betons, ``<split>.beton`` and its manifest ``<split>.json``.
+
+    fastproj prepare --data.dataset cifar10 --data.root DIR --data.out DIR
+    fastproj prepare --verify DIR/train.beton
+
+Worker processes read, convert, resize, encode and hash the images. This process writes their
+results in sample order, so the file is the same, byte for byte, for any number of workers.
+"""
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastproj.core.errors import SettingError
+from fastproj.core.machine import cores
+from fastproj.data.beton import open_beton
+from fastproj.data.verify import verify
+from fastproj.prepare.encode import Store
+from fastproj.prepare.progress import Progress
+from fastproj.prepare.sources import open_sources
+from fastproj.prepare.splits import SplitWriter, make_folder
+from fastproj.settings import PREPARE, PrepareSettings, load, stored
+
+
+def _verify(path: str) -> int:
+    """Print each damage; exit code 1 if there is any."""
+    start = time.perf_counter()
+    beton = open_beton(path)
+    with Progress("verify", len(beton)) as progress:
+        damages = verify(path, progress.update)
+    for damage in damages:
+        where = "file" if damage.index is None else f"sample {damage.index} ({damage.source})"
+        print(f"{path}: {where}: {damage.reason}")
+    seconds = time.perf_counter() - start
+    verdict = f"{len(damages)} damaged" if damages else "intact"
+    rate = f"{len(beton) / seconds:,.0f} images/s, {len(beton.data) / seconds / 1e6:,.0f} MB/s"
+    print(f"{path}: {len(beton):,} images in {seconds:.1f} s ({rate}): {verdict}")
+    return 1 if damages else 0
+
+
+def _write(settings: PrepareSettings, command: str) -> int:
+    """Write every requested split and print one line for each."""
+    data = settings.data
+    if data.dataset is None or data.out is None:
+        name = "out" if data.dataset else "dataset"
+        raise SettingError(f"data.{name} is missing: give --data.{name} VALUE")
+    kind = stored(data.store, data.dataset)
+    kept = {"jpeg": ("quality", "max_resolution"), "square": ("side",)}.get(kind, ())
+    store = Store(kind, **{name: getattr(data, name) for name in kept})
+    out = make_folder(Path(data.out))
+    sources = open_sources(data.dataset, data.root, data.split, data.download)
+    with SplitWriter(store, data.workers or cores(), data.on_error == "skip") as writer:
+        for source in sources:
+            start = time.perf_counter()
+            manifest = writer.write(source, out, data.dataset, command)
+            seconds = time.perf_counter() - start
+            skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+            print(
+                f"{out / source.split}.beton: {manifest.samples:,} images{skipped}, "
+                f"{len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
+                f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
+                flush=True,
+            )
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write every requested split, or verify one file; see the module's docstring."""
+    settings = load(PREPARE, argv, "fastproj prepare", "Turn raw images into betons.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up, then exit
+    try:
+        if settings.data.verify:
+            return _verify(settings.data.verify)
+        return _write(settings, shlex.join(["fastproj", "prepare", *argv]))
+    except KeyboardInterrupt:
+        print("stopped: nothing more was written", file=sys.stderr)
+        return 130

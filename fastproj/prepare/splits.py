@@ -1,0 +1,189 @@
+"""Write one split of raw images as a beton and its manifest, with worker processes."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from fastproj import __version__
+from fastproj.core.errors import InputError
+from fastproj.core.files import replacing
+from fastproj.core.machine import cores
+from fastproj.data.beton import Beton, open_beton
+from fastproj.data.manifest import (
+    FORMAT,
+    Manifest,
+    pack_hashes,
+    pack_names,
+    write_manifest,
+)
+from fastproj.prepare.encode import Store, Stored, Unreadable, encode_chunk
+from fastproj.prepare.progress import Progress
+from fastproj.prepare.sources import Source
+from fastproj.prepare.workers import Workers
+from fastproj.prepare.writer import Written, write_container
+
+CHUNK = 16  # images per task of a worker; more cost memory and delay Ctrl-C
+
+
+class SplitWriter:
+    """Writes splits with one pool of worker processes; a context manager.
+
+    ``workers`` processes (at least 1) encode as ``store`` says. With ``skip``, an unreadable image
+    is left out and the manifest lists it; otherwise ``InputError`` names it.
+    """
+
+    def __init__(self, store: Store, workers: int, skip: bool):
+        self.store, self.workers, self.skip = store, workers, skip
+        self.pool = Workers(workers)
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    def write(self, source: Source, out: Path, dataset: str, command: str) -> Manifest:
+        """Write ``out/<split>.beton`` and its manifest; older files stay until both are complete.
+
+        The manifest is renamed first. A writer killed in between leaves a pair that ``open_beton``
+        rejects, because both hold the content digest.
+        """
+        beton = out / f"{source.split}.beton"
+        histogram = np.zeros((3, 256), np.int64)
+        unreadable: dict[int, str] = {}
+        count = len(source.labels)
+        square = self.store.kind == "square"
+        with replacing(beton) as file, Progress(source.split, count) as progress:
+            samples = self._encoded(source, histogram, unreadable, progress)
+            written = write_container(file, samples, count, square)
+            manifest = self._manifest(source, written, histogram, unreadable, dataset, command)
+            write_manifest(manifest, beton.with_suffix(".json"))
+        return manifest
+
+    def _encoded(
+        self,
+        source: Source,
+        histogram: np.ndarray,
+        unreadable: dict[int, str],
+        progress: Progress,
+    ) -> Iterator[Stored]:
+        """Yield the stored samples in order; update ``histogram`` and ``unreadable``."""
+        number = 0
+        for results, counts in self._chunks(source):
+            histogram += counts
+            for result in results:
+                if isinstance(result, Stored):
+                    yield result
+                elif self.skip:
+                    unreadable[number] = result.reason
+                else:
+                    raise InputError(
+                        f"cannot read {_place(source, number)}: {result.reason}; fix it, or "
+                        "leave it out with --data.on_error skip"
+                    )
+                number += 1
+            progress.update(len(results))
+
+    def _chunks(self, source: Source) -> Iterator[tuple[list[Stored | Unreadable], np.ndarray]]:
+        """Yield ``encode_chunk``'s results in order, with a bounded number of chunks pending."""
+        waiting: deque[Future] = deque()
+        for start in range(0, len(source.labels), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            labels = source.labels[chunk].tolist()
+            waiting.append(
+                self.pool.submit(encode_chunk, list(source.images[chunk]), labels, self.store)
+            )
+            if len(waiting) > 2 * self.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _manifest(
+        self,
+        source: Source,
+        written: Written,
+        histogram: np.ndarray,
+        unreadable: dict[int, str],
+        dataset: str,
+        command: str,
+    ) -> Manifest:
+        if not written.samples:
+            raise InputError(f"split {source.split}: no image could be read")
+        mean, std = _mean_and_std(histogram)
+        names = [name for i, name in enumerate(source.names) if i not in unreadable]
+        return Manifest(
+            format=FORMAT,
+            fastproj=__version__,
+            command=command,
+            dataset=dataset,
+            split=source.split,
+            samples=written.samples,
+            classes=source.classes,
+            store=self.store.kind,
+            quality=self.store.quality,
+            max_resolution=self.store.max_resolution,
+            side=self.store.side,
+            mean=mean,
+            std=std,
+            file_bytes=written.file_bytes,
+            sha256=written.sha256,
+            content=written.content,
+            skipped=tuple(
+                {"source": source.names[i], "reason": reason} for i, reason in unreadable.items()
+            ),
+            hashes=pack_hashes(written.hashes),
+            sources=pack_names(names),
+        )
+
+
+def write_beton(
+    source: Source,
+    out: str | os.PathLike,
+    store: Store | None = None,
+    *,
+    dataset: str = "custom",
+    workers: int = 0,
+    skip: bool = False,
+) -> Beton:
+    """Write ``source`` as ``out/<split>.beton`` with its manifest, and open it.
+
+    ``store`` None: pixels as they are given stay raw, files become JPEG of quality 90. ``dataset``
+    is kept in the manifest. ``workers`` processes encode (0: one per core); a script that calls
+    this needs ``if __name__ == "__main__":``, because they import it. With ``skip``, unreadable
+    images are left out. Raises ``InputError`` for images that cannot be read or a folder that
+    cannot be written.
+    """
+    if store is None:
+        raw = isinstance(source.images, np.ndarray)
+        store = Store("raw") if raw else Store("jpeg", quality=90)
+    folder = make_folder(Path(out))
+    with SplitWriter(store, workers or cores(), skip) as writer:
+        writer.write(source, folder, dataset, "fastproj.write_beton")
+    return open_beton(folder / f"{source.split}.beton")
+
+
+def make_folder(path: Path) -> Path:
+    """Create ``path`` and its parents if missing. Raises ``InputError`` where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create folder {path}: {error.strerror}") from None
+    return path
+
+
+def _place(source: Source, number: int) -> str:
+    image = source.images[number]
+    return image if isinstance(image, str) else source.names[number]
+
+
+def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, in [0, 1], from pixel counts (3, 256), so exact in any order of images."""
+    values = np.arange(256) / 255
+    density = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = density @ values
+    std = np.sqrt((density * (values - mean[:, None]) ** 2).sum(axis=1))
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,76 @@
+"""The folder of a run: the only place that knows the names of the files in it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastproj.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/<name>/``. Making one touches no disk; ``open`` checks that a run is there.
+
+    A run may be moved or renamed: nothing in the folder says where it lies.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "RunFolder":
+        """The folder of a run that training has started. Raises ``InputError`` for any other."""
+        run = cls(Path(path))
+        if not run.path.exists():
+            raise InputError(f"{path}: no such run folder; give the one that training printed")
+        if not run.path.is_dir():
+            raise InputError(f"{path} is a file: give the run folder, such as runs/NAME")
+        if not run.config.is_file():
+            raise InputError(
+                f"{path} is no run folder, it has no {run.config.name}: give the one that training "
+                "printed"
+            )
+        return run
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where it is given as ``.``."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """Every setting and where it came from."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """The machine, the versions and the command."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The journal: one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """The scores of the probes."""
+        return self.path / "eval.json"
+
+    def predictions(self, encoder: str, probe: str) -> Path:
+        """The classes that a probe predicted for the validation images."""
+        return self.path / "features" / f"{encoder}-{probe}-predictions.npy"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of the curves."""
+        return self.path / "diagnostics.png"
+
+    @property
+    def encoder(self) -> Path:
+        """The exported encoder."""
+        return self.path / "encoder.safetensors"

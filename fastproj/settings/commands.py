@@ -1,0 +1,114 @@
+"""What the commands read that are not about one run: prepare, bench and demo."""
+
+from dataclasses import dataclass
+
+from fastproj.settings.checkers import Bool, Choice, File, Int, Key, OrNull
+from fastproj.settings.schema import Loaded, Needs, Schema, setting
+
+_count = Int(low=1)
+
+SMALL = ("cifar10", "cifar100", "stl10", "digits")  # stored raw by default
+
+
+def stored(kind: str, dataset: str | None) -> str:
+    """What ``data.store`` means for this set: auto is raw for a small one, or jpeg."""
+    return kind if kind != "auto" else "raw" if dataset in SMALL else "jpeg"
+
+
+def _only(wanted: str) -> Needs:
+    return Needs(
+        f"data.store is {wanted}",
+        ("data.store", "data.dataset"),
+        lambda kind, dataset: stored(kind, dataset) == wanted,
+    )
+
+
+@dataclass(frozen=True)
+class Raw:
+    """raw images to a beton and its manifest"""
+
+    dataset: str | None = setting(
+        OrNull(Key("fastproj.prepare.sources:DATASETS")),
+        "what to read; needed unless data.verify is given",
+    )
+    root: str | None = setting(OrNull(File()), "folder of the raw images; digits need none")
+    out: str | None = setting(OrNull(File()), "folder to write <split>.beton and <split>.json into")
+    split: str = setting(Choice("all", "train", "val", "unlabeled"), "all: every split", "all")
+    download: bool = setting(
+        Bool(), "fetch the set into data.root first (cifar10, cifar100, stl10)", False
+    )
+    store: str = setting(
+        Choice("auto", "raw", "jpeg", "square"), "auto: raw if small, or jpeg", "auto"
+    )
+    quality: int = setting(Int(1, 100), "JPEG quality", 90, needs=_only("jpeg"))
+    max_resolution: int | None = setting(
+        OrNull(_count),
+        "longest side in the jpeg store, pixels; null: as is",
+        needs=_only("jpeg"),
+    )
+    side: int = setting(Int(8), "side in the square store, pixels", 160, needs=_only("square"))
+    workers: int = setting(Int(0), "processes; 0: every core this process may use", 0)
+    on_error: str = setting(
+        Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"
+    )
+    verify: str | None = setting(
+        OrNull(File()), "beton to read whole and compare with its manifest"
+    )
+
+
+@dataclass(frozen=True)
+class PrepareSettings(Loaded):
+    """Settings of ``data_prep/write_ffcv.py``."""
+
+    data: Raw
+
+
+PREPARE = Schema(PrepareSettings)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """what is measured, and on which images"""
+
+    photos: str | None = setting(
+        OrNull(File()), "jpeg beton of photographs: decode, loaders, chain, start, growth"
+    )
+    squares: str | None = setting(OrNull(File()), "square beton of photographs: loaders")
+    small: str | None = setting(OrNull(File()), "raw beton of small images: loaders, step, growth")
+    device: str = setting(
+        Choice("auto", "cpu", "cuda"), "where to compute; auto: cuda if there", "auto"
+    )
+    workers: int = setting(Int(0), "loader threads; 0: every core this process may use", 0)
+    repeats: int = setting(_count, "measured calls, after the warm-up", 5)
+    out: str = setting(
+        File(), "JSON file to write, and beside it a picture", "bench-results/bench.json"
+    )
+
+
+@dataclass(frozen=True)
+class BenchSettings(Loaded):
+    """Settings of ``fastproj.bench``."""
+
+    bench: Bench
+
+
+BENCH = Schema(BenchSettings)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """the whole way through on a small set"""
+
+    dataset: str = setting(Choice("digits", "cifar10"), "cifar10 is downloaded (170 MB)", "digits")
+    data: str = setting(File(), "folder for raw images and betons", "data")
+    seed: int = setting(Int(0, 2**32 - 1), "fixes weights, order, crops and views", 0)
+
+
+@dataclass(frozen=True)
+class DemoSettings(Loaded):
+    """Settings of ``fastproj.demo``."""
+
+    demo: Demo
+
+
+DEMO = Schema(DemoSettings)

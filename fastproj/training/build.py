@@ -1,0 +1,240 @@
+"""Build a run from its settings: every part, and the trainer that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastproj.augment.draw import PRESETS, View
+from fastproj.augment.views import Augmentation
+from fastproj.core import dist
+from fastproj.core.device import choose_precision
+from fastproj.core.errors import InputError, SettingError
+from fastproj.core.machine import cores
+from fastproj.data.beton import Beton, open_beton
+from fastproj.loaders import Crop, Loader, open_loader
+from fastproj.models.encoders import build_encoder
+from fastproj.models.noise import Noise
+from fastproj.models.norm import synchronize
+from fastproj.models.projector import Projector, build_projector
+from fastproj.objective import barlow_twins, build_objective, nt_xent
+from fastproj.settings import Settings
+from fastproj.training.crops import crop_size
+from fastproj.training.diagnostics import Diagnostics
+from fastproj.training.learner import LARGE, Learner, Penalty
+from fastproj.training.optim import Group, build_optimizer, parameter_groups, probe_group
+from fastproj.training.penalties import divergence, information, sparsity
+from fastproj.training.trainer import Trainer
+
+
+def build_trainer(settings: Settings, rank: dist.Rank, device: torch.device) -> Trainer:
+    """The trainer of the run that ``settings`` describe, with all its parts.
+
+    Raises ``InputError`` if the beton cannot be used or settings contradict each other.
+    """
+    optim, train = settings.optim, settings.train
+    beton = open_beton(settings.data.train)
+    if optim.batch_size % (rank.world_size * optim.accumulate):
+        raise InputError(
+            f"optim.batch_size {optim.batch_size} cannot be split over {rank.world_size} rank(s) "
+            f"and {optim.accumulate} part(s): make it a multiple of their product"
+        )
+    crops = build_crops(settings, 0)
+    augmentations = build_augmentations(settings, beton, crops)
+    if len(beton.classes) < 2:
+        raise InputError(f"{beton.path} has {len(beton.classes)} class: probing needs at least 2")
+    learner = build_learner(settings, len(beton.classes)).to(device)
+    unlabeled = int((beton.label < 0).sum())
+    if learner.objective.needs_labels and unlabeled:
+        raise InputError(
+            f"objective {settings.objective.name} needs labels, and {unlabeled} of {len(beton)} "
+            f"images of {beton.path} have none: choose another objective or a labeled split"
+        )
+    if settings.model.sync_bn and rank.world_size > 1:
+        synchronize(learner)
+    optimizer = build_optimizer(
+        optim.optimizer,
+        build_groups(settings, learner),
+        lr=optim.lr * optim.batch_size / 256,
+        **optim.options,
+    )
+    sparse = settings.sparsehead
+    return Trainer(
+        learner,
+        build_loader(settings, beton, crops, rank, device),
+        optimizer,
+        augmentations,
+        epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        warmup_lr=optim.warmup_lr,
+        penalty_weights=penalty_weights(settings),
+        proximal=sparse.groups if sparse.proximal and any(sparse.weight) else None,
+        accumulate=optim.accumulate,
+        crops=partial(build_crops, settings),
+        diagnostics=build_diagnostics(settings, learner.projector),
+        precision=choose_precision(train.precision, device),
+        compile=train.compile == "true" or (train.compile == "auto" and device.type == "cuda"),
+        graphs=train.compile == "graphs",
+        seed=settings.run.seed,
+    )
+
+
+def build_learner(settings: Settings, classes: int) -> Learner:
+    """The model that the settings describe, initialized from ``run.seed``."""
+    torch.manual_seed(settings.run.seed)
+    encoder = build_encoder(settings.model.encoder, settings.model.stem)
+    head, noise = settings.projector, settings.superfluous
+    projector = build_projector(
+        head.kind,
+        encoder.num_features,
+        latents=head.latents,
+        k=head.k,
+        levels=head.levels,
+        **head.options,
+    )
+    chosen = settings.objective
+    objective = build_objective(chosen.name, projector.out_features, **chosen.options)
+    if settings.views.local_crops and not objective.local_crops:
+        raise InputError(
+            f"objective {chosen.name} compares two crops: leave views.local_crops at 0"
+        )
+    return Learner(
+        encoder,
+        projector,
+        objective,
+        classes,
+        None if noise.noise == "none" else Noise(encoder.num_features, noise.noise, noise.sigma),
+        build_penalties(settings, projector),
+    )
+
+
+def penalty_weights(settings: Settings) -> dict[str, tuple[float, ...]]:
+    """The weight of each penalty that is on: one number, or its first and last value."""
+    weights = {
+        "matrix_information": settings.matrix_information.weight,
+        "sparsehead": settings.sparsehead.weight,
+        "superfluous_a": settings.superfluous.lambda_a,
+        "superfluous_b": settings.superfluous.lambda_b,
+    }
+    return {name: weight for name, weight in weights.items() if any(weight)}
+
+
+def build_penalties(settings: Settings, projector: Projector) -> dict[str, Penalty]:
+    """Each penalty that is on and has a gradient, by name (a proximal step has none)."""
+    wanted, sparse = penalty_weights(settings), settings.sparsehead
+    penalties = {
+        "matrix_information": information(settings.matrix_information.alpha),
+        "superfluous_a": divergence(0, 1),
+        "superfluous_b": divergence(1, 0),
+    }
+    if "sparsehead" in wanted:
+        penalties["sparsehead"] = sparsity(projector, sparse.groups, sparse.scale_free)
+        if sparse.proximal:
+            if sparse.groups == "activations":
+                raise SettingError(
+                    "sparsehead.proximal shrinks weights: give --sparsehead.groups columns or rows"
+                )
+            wanted.pop("sparsehead")
+    return {name: penalties[name] for name in wanted}
+
+
+def build_groups(settings: Settings, learner: Learner) -> list[Group]:
+    """All trained parameters, in groups by weight decay, LARS adaptation and peak learning rate."""
+    optim = settings.optim
+    trained: list[nn.Module] = [learner.encoder, learner.projector]
+    if learner.noise is not None:
+        trained.append(learner.noise)
+    own = parameter_groups([learner.objective], optim.weight_decay)
+    for group in own:
+        group["constant"] = learner.objective.constant_rate
+    groups = [
+        *parameter_groups(trained, optim.weight_decay),
+        *own,
+        probe_group(learner.probe, optim.probe_lr * optim.batch_size / 256),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_crops(settings: Settings, epoch: int) -> list[Crop]:
+    """Per image two large crops, sized for ``epoch``, and ``views.local_crops`` small ones."""
+    views = settings.views
+    for low, high in (("scale_min", "scale_max"), ("local_scale_min", "local_scale_max")):
+        if getattr(views, low) > getattr(views, high):
+            raise InputError(
+                f"views.{low} {getattr(views, low)} is above views.{high} {getattr(views, high)}"
+            )
+    size = crop_size(
+        epoch, settings.optim.epochs, views.size_start, views.size, settings.model.stem
+    )
+    large = Crop(size, LARGE, (views.scale_min, views.scale_max))
+    scale = (views.local_scale_min, views.local_scale_max)
+    small = [Crop(views.local_size, views.local_crops, scale)] if views.local_crops else []
+    return [large, *small]
+
+
+def build_augmentations(
+    settings: Settings, beton: Beton, crops: Sequence[Crop]
+) -> list[Augmentation]:
+    """One augmentation per crop size: the preset's views, with the settings' overrides.
+
+    The set's mean and standard deviation normalize the pixels. Small crops use the first view.
+    """
+    preset = PRESETS[settings.views.preset]
+    views: list[View] = []
+    for number, view in enumerate(preset):
+        changes = {}
+        for name in ("flip_prob", "jitter_prob", "brightness", "contrast", "saturation", "hue",
+                     "gray_prob", "blur_prob", "solarize_prob"):  # fmt: skip
+            given = getattr(settings.views, name)
+            if given is not None:
+                if len(given) not in (1, len(preset)):
+                    raise InputError(
+                        f"views.{name} has {len(given)} values: give one, or one for each of the "
+                        f"{len(preset)} views"
+                    )
+                changes[name] = given[number % len(given)]
+        views.append(replace(view, **changes))
+    mean, std = beton.manifest.mean, beton.manifest.std
+    return [
+        Augmentation(views if crop is crops[0] else views[:1] * crop.num_views, mean, std)
+        for crop in crops
+    ]
+
+
+def build_loader(
+    settings: Settings,
+    beton: Beton,
+    crops: Sequence[Crop],
+    rank: dist.Rank,
+    device: torch.device,
+) -> Loader:
+    """This rank's loader. With ``data.workers`` 0 the ranks of a machine divide its cores."""
+    data = settings.data
+    return open_loader(
+        beton,
+        crops,
+        settings.optim.batch_size // rank.world_size,
+        device=device,
+        engine=data.engine,
+        seed=settings.run.seed,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        workers=data.workers or max(1, cores() // rank.local_world_size),
+        memory_share=data.memory_share,
+    )
+
+
+def build_diagnostics(settings: Settings, projector: Projector) -> Diagnostics:
+    """Diagnostics whose lower bound uses Barlow Twins' loss for Barlow Twins, otherwise NT-Xent.
+
+    The authors plot the same.
+    """
+    objective, groups = settings.objective, settings.sparsehead.groups
+    if objective.name == "barlow":
+        loss = partial(barlow_twins, **objective.options)
+    else:
+        named = {n: v for n, v in objective.options.items() if n == "temperature"}
+        loss = partial(nt_xent, **named)
+    return Diagnostics(projector, loss, "rows" if groups == "rows" else "columns")

@@ -1,0 +1,139 @@
+"""Encoder, projector, objective and online probe as one module, for DDP and torch.compile."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastproj.core.errors import InputError
+from fastproj.models.noise import Noise
+from fastproj.models.projector import as_projector
+from fastproj.objective.methods import Objective, as_objective
+
+LARGE = 2  # large crops per image: every objective compares two
+
+
+class Activations(NamedTuple):
+    """Outputs of one forward pass for V views of B images; the two large crops come first."""
+
+    mean: Tensor  # (V, B, d): the encoder's output
+    sigma: Tensor | None  # standard deviation of the noise on mean, from ``Noise``
+    features: Tensor  # (V, B, d): mean plus noise, the projector's input
+    hidden: Tensor  # (V, B, w): the input of the projector's last layer
+    projections: Tensor  # (V, B, o)
+
+
+Penalty = Callable[[Activations], Tensor]
+
+
+class StepOutput(NamedTuple):
+    """Results of a forward pass for the training step and the diagnostics."""
+
+    terms: dict[str, Tensor]  # "objective" and every penalty: scalars, unweighted
+    probe_loss: Tensor  # scalar: the online probe's cross-entropy on the two large crops
+    probe_hits: Tensor  # scalar: its accuracy on them
+    features: Tensor  # (2, B, d), detached, with noise
+    projections: Tensor  # (V, B, o), detached
+    teacher: Tensor | None  # (2, B, o)
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and accuracy over the labeled samples; label -1 means unlabeled.
+
+    ``logits`` (n, classes) float32, ``labels`` (n,) int64. Both results are 0 if no sample is
+    labeled (STL-10's unlabeled split), so the probe does not train.
+    """
+    labeled = (labels >= 0).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / labeled
+    return loss, (logits.detach().argmax(1) == labels).sum() / labeled
+
+
+class Learner(nn.Module):
+    """Everything that trains: encoder, projector, the objective's own layers and a linear probe.
+
+    ``encoder`` maps (N, 3, h, w) to (N, ``num_features``), any module with this attribute.
+    ``projector`` is one of ``build_projector``, or any module (N, num_features) -> (N, d);
+    ``objective`` one of ``build_objective``, or a function ``f(z1, z2) -> loss`` of the two large
+    crops' projections (B, d). ``classes`` is the probe's number of classes. ``noise`` makes the
+    features stochastic. ``penalties`` are named functions of each forward pass
+    (``training.penalties``), which the trainer weighs. An objective that asks for a teacher gets a
+    copy of encoder and projector, which only ``update_teacher`` changes.
+
+    Raises ``InputError`` for an encoder without ``num_features``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        objective: Objective | Callable[[Tensor, Tensor], Tensor],
+        classes: int,
+        noise: Noise | None = None,
+        penalties: Mapping[str, Penalty] | None = None,
+    ) -> None:
+        super().__init__()
+        num_features = getattr(encoder, "num_features", None)
+        if not isinstance(num_features, int):
+            raise InputError(
+                f"the encoder {type(encoder).__name__} has no num_features: set this attribute to "
+                "the width of its output, as timm's models have it"
+            )
+        self.encoder, self.projector = encoder, as_projector(projector, num_features)
+        self.objective = as_objective(objective)
+        self.noise, self.penalties = noise, dict(penalties or {})
+        self.probe = nn.Linear(num_features, classes)
+        self.teacher: nn.Sequential | None = None
+        if self.objective.teacher:
+            self.teacher = nn.Sequential(copy.deepcopy(encoder), copy.deepcopy(self.projector))
+            self.teacher.requires_grad_(False)
+
+    def forward(self, views: tuple[Tensor, ...], labels: Tensor) -> StepOutput:
+        """``views``: one tensor per crop size, (views·B, 3, h, w), view-major; ``labels`` (B,).
+
+        The probe sees detached features, so it never changes the encoder.
+        """
+        images = len(labels)
+        mean = torch.cat([self.encoder(x) for x in views])
+        features, sigma = (mean, None) if self.noise is None else self.noise(mean)
+        hidden = self.projector.hidden(features)
+        projections = self.projector.head(hidden)
+
+        def by_view(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, images))
+
+        seen = Activations(
+            by_view(mean),
+            by_view(sigma) if sigma is not None and sigma.ndim == 2 else sigma,
+            by_view(features),
+            by_view(hidden),
+            by_view(projections),
+        )
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = by_view(self.teacher(views[0]))
+        terms = {"objective": self.objective(seen.projections, teacher, labels)}
+        terms |= {name: penalty(seen) for name, penalty in self.penalties.items()}
+        large = seen.mean[:LARGE].detach()
+        logits = self.probe(large.flatten(0, 1)).float()
+        return StepOutput(
+            terms,
+            *score(logits, labels.repeat(len(large))),
+            seen.features[:LARGE].detach(),
+            seen.projections.detach(),
+            teacher,
+        )
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Each teacher weight becomes momentum · itself + (1 - momentum) · the student's weight.
+
+        The teacher's batch-norm statistics are its own.
+        """
+        if self.teacher is not None:
+            ours: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
+            theirs: list[Tensor] = [*self.teacher.parameters()]
+            torch._foreach_lerp_(theirs, ours, 1 - momentum)

@@ -1,0 +1,279 @@
+"""The evaluation of a real, short run on real digits."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastproj import export
+from fastproj.core.errors import InputError, SettingError
+from fastproj.data.beton import open_beton
+from fastproj.evaluate import evaluate, main
+from fastproj.evaluation.features import Features
+from fastproj.evaluation.probes import knn, linear_probe
+from fastproj.evaluation.results import Row, read_evaluation, table, write_evaluation
+from fastproj.prepare.encode import Store
+from fastproj.prepare.sources import Source, open_sources
+from fastproj.runs.command import open_run
+from fastproj.runs.folder import RunFolder
+from fastproj.settings import RUN, Settings, load
+from fastproj.train import train
+from tests.support import betons
+
+CLASSES = tuple("0123456789")
+BASELINES = ("--eval.baselines", "true")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of two betons (200 and 100 digits) and of a run of four steps."""
+    root = Path(tmp_path_factory.mktemp("evaluate"))
+    for source, count in zip(open_sources("digits", None, "all", False), (200, 100), strict=True):
+        some = {"images": source.images[:count], "labels": source.labels[:count]}
+        betons.write(replace(source, **some), root, Store("raw"))
+    argv = f"""--run.dir {root} --run.name run --run.device cpu --data.train {root}/train.beton
+        --data.val {root}/val.beton --views.size 8 --model.encoder resnet_small
+        --projector.hidden 32 --projector.out 16 --optim.batch_size 50 --optim.epochs 1
+        --optim.warmup_epochs 0 --train.keep 9 --eval.epochs 20 --eval.probe_batch 64
+        --eval.learning_rates 0.03,0.1,0.3 --eval.weight_decays 1e-3,1e-2 --eval.knn_k 5"""
+    train(load(RUN, argv.split(), "test", ""))
+    return root
+
+
+@pytest.fixture
+def root(trained, tmp_path) -> Path:
+    """A copy of it: what one test writes into the run is not another's, and the run has moved."""
+    shutil.copytree(trained / "run", tmp_path / "moved")
+    return tmp_path
+
+
+def opened(root: Path, *options: str) -> tuple[RunFolder, Settings]:
+    return open_run([str(root / "moved"), *options], "test", "")
+
+
+def rows(root: Path, *options: str) -> list[Row]:
+    return list(evaluate(*opened(root, *options))[0].rows)
+
+
+def test_the_file_holds_a_header_and_one_row_per_encoder_and_probe(root):
+    run, settings = opened(root, *BASELINES)
+    evaluation, predictions = evaluate(run, settings)
+    assert not run.evaluation.exists()  # evaluating writes nothing
+    write_evaluation(run, evaluation, predictions)
+    found = json.loads(run.evaluation.read_text())
+    assert list(found) == ["schema", "checkpoint", "versions", "rows"] and found["schema"] == 2
+    assert [(row["encoder"], row["data"], row["probe"]) for row in found["rows"]] == [
+        (encoder, "test", probe)
+        for encoder in ("pixels", "random", "pre-trained")
+        for probe in ("sgd", "knn")
+    ]
+    newest = run.checkpoints / "step-00000004.pt"
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    assert found["checkpoint"] == {"file": str(newest), "sha256": digest, "step": 4, "epoch": 1}
+    assert found["versions"]["torch"] and found["versions"]["device"] == "cpu"
+    for row in found["rows"]:
+        data, features, probe = (row["protocol"][part] for part in ("data", "features", "probe"))
+        assert [data[split]["images"] for split in ("train", "val")] == [200, 100]
+        assert features["crop"] == {"kind": "center", "size": 8, "crop_fraction": 1.0}
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+        if row["probe"] == "sgd":
+            assert probe["learning_rates"] == [0.03, 0.1, 0.3] and probe["epochs"] == 20
+        else:
+            assert probe["k"] == 5
+        assert f"{row['metrics']['top1']:.2%}" in table(evaluation)
+    assert asdict(read_evaluation(run)) == json.loads(
+        json.dumps(asdict(evaluation)), object_hook=_with_tuple_of_rows
+    )
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def _with_tuple_of_rows(found: dict) -> dict:
+    return found | {"rows": tuple(found["rows"])} if "rows" in found else found
+
+
+def test_the_predictions_give_the_accuracy(root):
+    main([str(root / "moved")])
+    run = RunFolder(root / "moved")
+    labels = open_beton(read_evaluation(run).rows[0].protocol["data"]["val"]["file"]).label
+    for row in read_evaluation(run).rows:
+        predicted = np.load(run.path / row.predictions)
+        assert predicted.dtype == np.int64
+        assert (predicted == labels).mean() == pytest.approx(row.metrics["top1"], abs=1e-6)
+
+
+def test_raw_pixels_equal_the_probes_on_the_stored_bytes(root, trained):
+    sets = [open_beton(trained / f"{split}.beton") for split in ("train", "val")]
+    plain = []
+    for beton in sets:
+        x = np.stack([beton.stored(i) for i in range(len(beton))]).astype(np.float32) / 255
+        plain.append(Features(torch.from_numpy(x), torch.from_numpy(beton.label)))
+    how = opened(root)[1].eval
+    linear = linear_probe(
+        *plain, 10, learning_rates=how.learning_rates, weight_decays=how.weight_decays,
+        epochs=how.epochs, batch_size=how.probe_batch, holdout=how.holdout, seed=0,
+    )  # fmt: skip
+    sgd, nearest, *_ = rows(root, *BASELINES)
+    assert sgd.protocol["features"]["width"] == 192
+    assert sgd.metrics["top1"] == pytest.approx(linear.metrics["top1"], abs=0.011)  # one image
+    assert nearest.metrics == knn(*plain, 10, how.knn_k, how.knn_temperature).metrics
+
+
+def test_the_random_encoder_is_the_one_pre_training_started_from(root):
+    first = root / "moved/checkpoints/step-00000000.pt"
+    found = rows(root, *BASELINES, "--eval.checkpoint", str(first))
+    scores = [(row.probe, row.metrics, row.protocol["probe"]) for row in found]
+    assert scores[2:4] == scores[4:6]
+    weights = [row.protocol["features"]["encoder"]["weights"] for row in found[2:]]
+    assert weights == ["as initialized from seed 0"] * 2 + ["of the checkpoint"] * 2
+    last = rows(root)[0]
+    chosen = [row.protocol["probe"]["chosen"]["holdout_top1"] for row in (last, found[4])]
+    assert chosen[0] != chosen[1]
+
+
+def test_the_command_prints_the_table(root, capsys):
+    main([str(root / "moved")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:5] == ["encoder", "data", "probe", "top-1", "top-5"]
+    assert [line.split()[:3] for line in out[1:3]] == [
+        ["pre-trained", "test", "sgd"], ["pre-trained", "test", "knn"],
+    ]  # fmt: skip
+    assert out[-1] == f"written: {root / 'moved/eval.json'}"
+
+
+def test_a_table_that_cannot_be_kept_is_printed_first(root, capsys):
+    (root / "moved/eval.json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*eval\.json.*table above was not kept"):
+        main([str(root / "moved")])
+    assert capsys.readouterr().out.startswith("encoder ")
+
+
+def test_a_choice_at_the_end_of_its_list_is_printed(root):
+    options = ("--eval.learning_rates", "1e-6,2e-6", "--eval.epochs", "1")
+    evaluation, _ = evaluate(*opened(root, *options))
+    assert "pre-trained, sgd: learning rate" in table(evaluation).splitlines()[3]
+
+
+def test_an_export_is_evaluated_as_its_checkpoint_is(root):
+    export.main([str(root / "moved")])
+    exported = root / "moved/encoder.safetensors"
+    direct, of_export = rows(root), rows(root, "--eval.checkpoint", str(exported))
+    assert [row.metrics for row in direct] == [row.metrics for row in of_export]
+    evaluation, _ = evaluate(*opened(root, "--eval.checkpoint", str(exported)))
+    assert evaluation.checkpoint["step"] == 4 and evaluation.checkpoint["file"] == str(exported)
+
+
+@pytest.mark.parametrize("kind", ["cut", "header", "weights", "metadata", "of others"])
+def test_a_damaged_export_is_called_that(root, kind):
+    from safetensors.torch import load_file, save_file
+
+    export.main([str(root / "moved")])
+    path = root / "moved/encoder.safetensors"
+    content = bytearray(path.read_bytes())
+    if kind == "cut":
+        content = content[: len(content) // 2]
+    elif kind == "of others":
+        save_file(load_file(path), path)
+        content = bytearray(path.read_bytes())
+    else:
+        at = {
+            "header": 3,
+            "weights": len(content) - 2,
+            "metadata": content.index(b'"step":"4"') + 8,
+        }
+        content[at[kind]] ^= 1
+    path.write_bytes(content)
+    words = "no export of fastproj" if kind == "of others" else "is a damaged export"
+    _fails(root, words, "--eval.checkpoint", str(path))
+
+
+def write_split(folder: Path, split: str, classes: tuple[str, ...], labels: list[int]) -> str:
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    source = Source(split, classes, images, np.array(labels), [str(i) for i in labels])
+    return str(betons.write(source, folder, Store("raw")).path)
+
+
+@pytest.mark.parametrize(
+    "classes, labels, words",
+    [
+        (("0", "1", "two", *CLASSES[3:]), [0] * 5, "has class 2 where .* has two"),
+        (CLASSES[:4], [0] * 5, "has class 4 where .* has None"),
+        (CLASSES, [-1] * 5, "validation labels run from -1"),
+    ],
+)
+def test_sets_that_do_not_belong_together(root, tmp_path, classes, labels, words):
+    _fails(root, words, "--data.val", write_split(tmp_path, "val", classes, labels))
+
+
+def test_one_class(root, tmp_path):
+    one = write_split(tmp_path, "one", ("0",), [0] * 5)
+    _fails(root, "at least 2", "--data.train", one, "--data.val", one)
+
+
+def test_one_image_per_class(root, tmp_path):
+    single = write_split(tmp_path, "single", CLASSES, list(range(10)))
+    _fails(root, "every class has one training image", "--data.train", single, "--eval.knn_k", "1")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--data.val", "null"), "data.val is missing"),
+        (("--eval.checkpoint", "nothing.pt"), "nothing.pt"),
+        (("--eval.checkpoint", "nothing.safetensors"), "no export nothing.safetensors"),
+        (("--eval.knn_k", "201"), "k = 201"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(root, options, words):
+    _fails(root, words, *options)
+
+
+def test_a_run_without_checkpoint(root):
+    shutil.rmtree(root / "moved/checkpoints")
+    _fails(root, "holds no checkpoint")
+
+
+def test_a_checkpoint_cut_in_half(root, tmp_path):
+    whole = (root / "moved/checkpoints/step-00000004.pt").read_bytes()
+    half = tmp_path / "half.pt"
+    half.write_bytes(whole[: len(whole) // 2])
+    _fails(root, "damaged", "--eval.checkpoint", str(half))
+
+
+def _fails(root: Path, words: str, *options: str) -> None:
+    """The command ends with one line and leaves an earlier report as it was."""
+    report = root / "moved/eval.json"
+    report.write_text("an earlier one")
+    with pytest.raises(InputError, match=words) as caught:
+        main([str(root / "moved"), *options])
+    assert "\n" not in str(caught.value)
+    assert report.read_text() == "an earlier one"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "give one run folder, not none"),
+        (["RUN", "RUN"], "give one run folder, not RUN RUN"),
+        (["--eval.baselines", "RUN"], "give one run folder, not none"),
+        (["RUN", "--cfg", "rcfg/cifar10.yaml"], "takes no --cfg"),
+        (["RUN", "--eval.epohcs", "3"], "did you mean --eval.epochs"),
+        (["RUN", "--eval.epochs"], "--eval.epochs needs a value"),
+    ],
+)
+def test_a_wrong_command_line_is_a_setting_error(root, argv, words):
+    argv = [word.replace("RUN", str(root / "moved")) for word in argv]
+    with pytest.raises(SettingError, match=words.replace("RUN", str(root / "moved"))):
+        main(argv)
+
+
+def test_help_needs_no_run_and_names_the_folder(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.startswith("usage: python -m fastproj.evaluate FOLDER") and "--cfg" not in usage

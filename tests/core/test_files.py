@@ -1,0 +1,60 @@
+"""Atomic writes: what a refusal of the system leaves and says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastproj.core.errors import InputError
+from fastproj.core.files import replacing, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_text_takes_the_place_of_another(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    write_text(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), InputError("x")])
+def test_an_exception_leaves_what_was_there_and_is_raised_as_it_is(tmp_path, error):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    with pytest.raises(type(error)) as caught, replacing(path) as file:
+        file.write(b"half")
+        raise error
+    assert caught.value is error
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from fastproj.core.errors import run_command
+from fastproj.core.files import write_text
+run_command(lambda argv: write_text(Path(argv[0]), "text"))
+"""
+
+
+def test_a_read_only_file_system_is_named(tmp_path):
+    """Removing the temporary file is refused there as well, and must not hide the reason."""
+    script = f'mount -t tmpfs -o ro none {tmp_path} && exec "$@"'
+    in_a_namespace = ["unshare", "--mount", "--map-root-user"]
+    refused = subprocess.run([*in_a_namespace, "sh", "-c", script, "sh", "true"],
+                             capture_output=True).returncode  # fmt: skip
+    if refused:
+        pytest.skip("this system lets nobody mount a file system")
+    done = subprocess.run(
+        [*in_a_namespace, "sh", "-c", script, "sh", sys.executable, "-c", WRITE, tmp_path / "a"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: cannot write {tmp_path}/a: Read-only file system; make room or fix the "
+        "permissions\n"
+    )

@@ -1,0 +1,46 @@
+"""Small betons for tests, written by the real writer from images the tests make."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastproj.data.beton import Beton, open_beton
+from fastproj.prepare.encode import Store
+from fastproj.prepare.sources import Source
+from fastproj.prepare.splits import SplitWriter
+
+
+def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Smooth colors with edges, so that JPEG and resizing have something to get wrong."""
+    coarse = rng.integers(0, 256, (max(height // 16, 2), max(width // 16, 2), 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((255, 255, 255), (width // 4, height // 4, width // 2, height // 2))
+    return image
+
+
+def digit_like(rng: np.random.Generator, count: int, side: int, classes: int) -> Source:
+    """``count`` square images whose class shows in the brightness of one of their columns."""
+    labels = np.arange(count) % classes
+    images = rng.integers(0, 100, (count, side, side, 3), dtype=np.uint8)
+    images[np.arange(count), :, labels % side] = 255
+    names = tuple(f"c{i}" for i in range(classes))
+    return Source("train", names, images, labels, [f"image {i}" for i in range(count)])
+
+
+def photographs(rng: np.random.Generator, folder: Path, count: int) -> Source:
+    """``count`` JPEG files of many sizes and shapes."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        width, height = rng.integers(60, 160, 2).tolist()
+        photograph(rng, width, height).save(folder / f"{i}.jpg", quality=95)
+    files = [str(folder / f"{i}.jpg") for i in range(count)]
+    return Source("all", ("a", "b"), files, np.arange(count) % 2, files)
+
+
+def write(source: Source, out: Path, store: Store) -> Beton:
+    """The split as a beton under ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    with SplitWriter(store, workers=1, skip=False) as writer:
+        writer.write(source, out, "test", "test")
+    return open_beton(out / f"{source.split}.beton")
