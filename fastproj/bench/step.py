@@ -66,14 +66,11 @@ def simclr(beton: Beton, loader: Loader, encoder: str) -> Trainer:
     """A trainer of SimCLR with the default projector, LARS and the online probe."""
     torch.manual_seed(0)
     body = build_encoder(encoder, "cifar")
-    head = build_projector(
-        "mlp", body.num_features, hidden=2048, out=256, depth=2, batch_norm=False, dropout=0.0,
-        latents=None, k=0.01, levels=None,
-    )  # fmt: skip
-    objective = build_objective("simclr", head.out_features, temperature=0.2)
+    head = build_projector("mlp", body.num_features)
+    objective = build_objective("simclr", head.out_features)
     learner = Learner(body, head, objective, len(beton.classes)).to(loader.device)
     groups = [*parameter_groups([body, head], 1e-4), probe_group(learner.probe, 0.1)]
-    optimizer = build_optimizer("lars", groups, lr=0.4, momentum=0.9, trust_coefficient=0.02)
+    optimizer = build_optimizer("lars", groups, lr=0.4)
     views = Augmentation(PRESETS["simclr"], beton.manifest.mean, beton.manifest.std)
     return Trainer(learner, loader, optimizer, [views], compile=loader.device.type == "cuda")
 
