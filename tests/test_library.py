@@ -105,11 +105,15 @@ def test_examples_use_public_names_alone_and_stand_in_the_readme() -> None:
         assert len(text.splitlines()) <= most
         assert not [line for line in text.splitlines() if "fastproj." in line and "import" in line]
         assert f"examples/{name}.py" in readme
-    body = (ROOT / "examples" / "simclr.py").read_text().partition("    torch.manual_seed")[2]
-    shown = body.partition("    for epoch in range")[0].strip()
-    assert shown.splitlines()[0].strip() and all(
-        line.strip() in readme for line in shown.splitlines()[1:]
-    ), "README shows the example as it stands in examples/simclr.py"
+    for name, first, last in (
+        ("simclr", "train, val = ", "for epoch in range"),
+        ("custom", "class Encoder", "optimizer = "),
+    ):
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        shown = [line.strip() for line in text[text.index(first) : text.index(last)].splitlines()]
+        own = ("def main", '"""The losses of')  # the script's frame
+        missing = [x for x in shown if x not in readme and not x.startswith(own)]
+        assert len(shown) > 15 and not missing, f"README shows {name}.py as it stands: {missing}"
 
 
 def test_the_api_page_is_what_the_tool_writes_now() -> None:
