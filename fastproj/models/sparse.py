@@ -16,8 +16,10 @@ The time of sparse arithmetic is proportional to k, that of dense is constant. T
 of 6 to 10 % of the latents, for 512 -> 12,500 -> 512, 256 -> 4,096 -> 128 and 2,048 -> 6,250 ->
 2,048 alike. On a GPU, where this has not been measured, everything is dense, with torch.topk.
 
-Both hold at most two (rows × latents) tensors at once and keep none for the backward pass; under
-autocast on a CPU, one of them is float32 and one half precision.
+Both hold at most two (rows × latents) tensors at once and keep none for the backward pass. Under
+autocast the activations are float32 all the same: in bfloat16 the k-th largest of them ties with its
+neighbors, and chance would select. The dense path's other (rows × latents) tensors are half
+precision.
 """
 
 from collections.abc import Callable
@@ -50,7 +52,8 @@ class Sparse(nn.Module):
     cannot be, and Dec's own bias serves instead.
 
     ``k`` is a count, or a fraction of the latents if below 1. Input of any floating dtype. Under
-    autocast the output is float32; dense products run in autocast's dtype.
+    autocast the output is float32. The latents are selected from float32 activations; dense products
+    after the selection run in autocast's dtype.
     Raises ``SettingError`` for a ``k`` that is neither, or above ``latents``.
     """
 
@@ -73,7 +76,8 @@ class Sparse(nn.Module):
     @torch.no_grad()
     def active(self, x: Tensor) -> Tensor:
         """Latents kept by at least one row of ``x`` (N, ``features``): bool (``latents``,)."""
-        values, index = _largest(self.encoder(x - self.pre_bias), self.k)
+        activations = _activations(x - self.pre_bias, self.encoder.weight, self.encoder.bias)
+        values, index = _largest(activations, self.k)
         rows = torch.zeros(len(self.decoder), device=x.device)
         return rows.index_add_(0, index.flatten(), (values != 0).flatten().float()) > 0
 
@@ -100,9 +104,12 @@ class _Code(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, k: int
     ) -> Tensor:
-        values, index = _largest(F.linear(x, weight, bias), k)  # in autocast's dtype, if it is on
+        values, index = _largest(_activations(x, weight, bias), k)
+        is_sparse = _is_sparse(values, len(decoder))
+        if not is_sparse:
+            values = values.to(_product_dtype(x))
         ctx.save_for_backward(x, weight, decoder, values, index)
-        if _is_sparse(values, len(decoder)):
+        if is_sparse:
             return _weighted_rows(values, index, decoder)
         return _scatter(values, index, len(decoder)) @ decoder.to(values.dtype)
 
@@ -124,6 +131,19 @@ class _Code(torch.autograd.Function):
         gradients = (code @ weight.to(dtype), code.T @ x.to(dtype), code.sum(0), d_decoder)
         # In the inputs' dtype, which differs from autocast's.
         return *(g.to(x.dtype) for g in gradients), None
+
+
+def _activations(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Enc(x): (N, latents), float32 whatever autocast says (float64 stays float64)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with ``x``: autocast's, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _is_sparse(values: Tensor, latents: int) -> bool:
@@ -148,9 +168,7 @@ def _largest(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if activations.device.type != "cpu":
         return activations.relu_().topk(k, sorted=False)
-    lifted = activations.to(torch.promote_types(activations.dtype, torch.float32))
-    values, index = _select(lifted, k)
-    return values.to(activations.dtype), index
+    return _select(activations, k)
 
 
 # torch.compile cannot trace NumPy and numba: these are custom operators with fake (shape) versions.

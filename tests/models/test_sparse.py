@@ -236,7 +236,7 @@ def test_a_wrong_k_is_a_setting_error(k):
 @pytest.mark.parametrize("k", [20, 400])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gradients_are_near_float32(k, dtype):
-    """A few latents change places where half precision makes them tie: directions must agree."""
+    """The same latents are kept; products round."""
     head = layer(32, 1000, 16, k, torch.float32)
     x = torch.randn(64, 32, requires_grad=True)
     grad = torch.randn(64, 16)
@@ -246,6 +246,27 @@ def test_autocast_gradients_are_near_float32(k, dtype):
     for name, half in gradients(out, head, x, grad.to(out.dtype)).items():
         assert half.dtype == torch.float32
         assert F.cosine_similarity(half.flatten(), exact[name].flatten(), dim=0) > 0.97, name
+
+
+@pytest.mark.parametrize("k", [200, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_selects_what_float32_selects(k, dtype):
+    """In half precision the activations tie, so that torch.topk picks others; the layer does not."""
+    head = layer(32, 4000, 16, k, torch.float32)
+    x = torch.randn(256, 32, requires_grad=True)
+    code = F.linear(x - head.pre_bias, head.encoder.weight, head.encoder.bias)
+    wanted = torch.zeros(256, 4000).scatter_(1, code.topk(k).indices, 1) * (code > 0)
+    with torch.autocast("cpu", dtype):
+        out = head(x)
+        half = head.encoder(x - head.pre_bias)
+    rounded = torch.zeros(256, 4000).scatter_(1, half.topk(k).indices, 1) * (half > 0)
+    assert not torch.equal(rounded, wanted)
+    # Latents that a row keeps have a gradient there: of one row at a time, by latent.
+    for row in range(0, 256, 64):
+        (grad,) = torch.autograd.grad(out[row].sum(), head.encoder.bias, retain_graph=True)
+        assert torch.equal(grad != 0, wanted[row] > 0)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(head.active(x), wanted.any(0))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
