@@ -1,4 +1,6 @@
-"""Batch normalization over all ranks, on every device."""
+"""Batch normalization over all ranks, on every device; and of each view on its own."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +64,12 @@ def synchronize(module: nn.Module) -> None:
             setattr(module, name, sync.train(child.training))
         else:
             synchronize(child)
+
+
+def on_views(part: Callable[[Tensor], Tensor], x: Tensor, images: int, per_view: bool) -> Tensor:
+    """``part(x)`` for V views ``x`` (V·images, ...), view-major: in one call, or one per view.
+
+    With ``per_view``, batch norm takes mean and variance over one view's images and updates its
+    running statistics V times.
+    """
+    return torch.cat([part(view) for view in x.split(images)]) if per_view else part(x)

@@ -1,8 +1,8 @@
 """Projectors: the head between encoder and objective, thrown away after pre-training.
 
-A projector consists of a trunk of hidden blocks, a last layer, and an operation on its output. A
+A projector consists of a trunk of hidden blocks, a last layer, and operations on its output. A
 kind is one function and one line in ``fastproj.models.PROJECTORS``. Every kind but ``direct`` can
-have a sparse last layer; every kind can have a discretized output.
+have a sparse last layer; every kind can have a batch-normalized and a discretized output.
 """
 
 import math
@@ -78,10 +78,16 @@ class Projector(nn.Module):
     """Features (N, d) -> projections (N, ``out_features``): ``head(hidden(features))``."""
 
     def __init__(
-        self, trunk: nn.Sequential, last: nn.Module, output: nn.Module, out_features: int
+        self,
+        trunk: nn.Sequential,
+        last: nn.Module,
+        output: nn.Module,
+        out_features: int,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.trunk, self.last, self.output = trunk, last, output
+        self.norm = norm or nn.Identity()
         self.out_features = out_features
 
     def hidden(self, features: Tensor) -> Tensor:
@@ -90,7 +96,7 @@ class Projector(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """The output (N, h) of ``hidden`` to projections (N, ``out_features``)."""
-        return self.output(self.last(hidden))
+        return self.output(self.norm(self.last(hidden)))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.head(self.hidden(features))
@@ -184,6 +190,7 @@ def build_projector(
     latents: int | None = None,
     k: float = 0.01,
     levels: int | None = None,
+    output_norm: bool = False,
     **options: Any,
 ) -> Projector:
     """A new, randomly initialized projector for encoder features of width ``num_features``.
@@ -191,8 +198,10 @@ def build_projector(
     ``options`` are those that the kind names: ``hidden`` and ``out`` are widths, ``depth`` counts
     linear layers, ``dropout`` is a probability. ``latents``, unless None, replaces the kind's last
     layer by a ``Sparse`` layer with so many latents, of which each sample keeps ``k`` (a count, or
-    a fraction if below 1), and with ``out`` outputs. ``levels``, unless None, discretizes the
-    output.
+    a fraction if below 1), and with ``out`` outputs. ``output_norm`` ends the projector in a batch
+    norm without scale and shift, as MoCo v3's and SimSiam's for a ResNet [arXiv 2104.02057,
+    2011.10566; solo-learn]; a linear last layer then has no bias, which the norm would remove.
+    ``levels``, unless None, discretizes the output, after the norm.
 
     Raises ``SettingError`` for a kind that is not in ``PROJECTORS``, or settings that conflict.
     """
@@ -211,4 +220,7 @@ def build_projector(
         trunk, width, _, _ = entry(num_features, **options)
         last = Sparse(width, latents, out_features, k)
     output = nn.Identity() if levels is None else Discretize(levels)
-    return Projector(trunk, last, output, out_features)
+    norm = nn.BatchNorm1d(out_features, affine=False) if output_norm else None
+    if output_norm and isinstance(last, nn.Linear):
+        last.register_parameter("bias", None)
+    return Projector(trunk, last, output, out_features, norm)

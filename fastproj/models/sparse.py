@@ -17,9 +17,8 @@ of 6 to 10 % of the latents, for 512 -> 12,500 -> 512, 256 -> 4,096 -> 128 and 2
 2,048 alike. On a GPU, where this has not been measured, everything is dense, with torch.topk.
 
 Both hold at most two (rows × latents) tensors at once and keep none for the backward pass. Under
-autocast the activations are float32 all the same: in bfloat16 the k-th largest of them ties with its
-neighbors, and chance would select. The dense path's other (rows × latents) tensors are half
-precision.
+autocast the activations are float32 all the same: in bfloat16 the k-th largest often equals others,
+and chance would select among them. Dense tensors after the selection are half precision.
 """
 
 from collections.abc import Callable
@@ -52,8 +51,9 @@ class Sparse(nn.Module):
     cannot be, and Dec's own bias serves instead.
 
     ``k`` is a count, or a fraction of the latents if below 1. Input of any floating dtype. Under
-    autocast the output is float32. The latents are selected from float32 activations; dense products
+    autocast the output is float32. Latents are selected from float32 activations; dense products
     after the selection run in autocast's dtype.
+
     Raises ``SettingError`` for a ``k`` that is neither, or above ``latents``.
     """
 

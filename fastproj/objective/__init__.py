@@ -36,6 +36,7 @@ OBJECTIVES = Table(
         "vicreg": "fastproj.objective.losses:vicreg",
         "swav": "fastproj.objective.methods:Swav",
         "supcon": "fastproj.objective.methods:SupCon",
+        "supervised": "fastproj.objective.methods:Supervised",
     },
 )
 

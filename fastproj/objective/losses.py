@@ -137,6 +137,19 @@ def sup_con(views: Tensor, labels: Tensor, temperature: float = 0.2) -> Tensor:
 
 
 @in_float32
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over views and images of -log softmax(logits)[label].
+
+    ``logits``: (V, B, classes); ``labels``: (B,) integer, each a class.
+    """
+    _need(
+        logits.ndim == 3 and labels.shape == logits.shape[1:2],
+        "cross_entropy needs logits (V, B, classes) and labels (B,)", logits, labels,
+    )  # fmt: skip
+    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
+
+
+@in_float32
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """InfoNCE of MoCo v1 to v2+: classify a query's own key against the keys in the queue.
 

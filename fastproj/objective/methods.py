@@ -5,6 +5,7 @@ checkpointed and moved to the device with the learner. A method that needs a mom
 encoder and projector sets ``teacher``.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproj.core import dist
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
+from fastproj.core.table import hyperparameters
+from fastproj.models.norm import on_views
 from fastproj.objective import OBJECTIVES
 from fastproj.objective.losses import (
     byol,
+    cross_entropy,
     info_nce,
     moco_v3,
     normalize,
@@ -34,7 +38,8 @@ class Objective(nn.Module, ABC):
     ``teacher``: needs the projections of a momentum encoder, whose momentum goes from ``momentum``
     at the first step to ``momentum_end`` at the last, along a cosine. ``local_crops``: can use more
     than two crops. ``constant_rate``: the learning rate of its own parameters neither warms up nor
-    decays. ``needs_labels``: cannot train on images without labels.
+    decays. ``needs_labels``: cannot train on images without labels. ``bn_per_view``: modules with
+    batch norm see one view at a time; the learner sets it (see ``Learner``).
     """
 
     teacher = False
@@ -43,6 +48,7 @@ class Objective(nn.Module, ABC):
     local_crops = False
     constant_rate = False
     needs_labels = False
+    bn_per_view = False
 
     @abstractmethod
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -86,23 +92,45 @@ class SupCon(Objective):
         return sup_con(z, labels, self.temperature)
 
 
-def predictor(width: int, hidden: int, batch_norm: bool = False) -> nn.Sequential:
-    """Linear-BN-ReLU-Linear; ``batch_norm`` adds a non-affine BN at the end, as in MoCo v3."""
-    layers = [
+class Supervised(Objective):
+    """Cross-entropy of a linear classifier on the projections, the upper reference.
+
+    The mean over views and images. Without a projector (kind ``none``) the classifier sees the
+    features: a supervised encoder.
+    """
+
+    needs_labels = True
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        return cross_entropy(self.classifier(z), labels)
+
+
+def predictor(width: int, hidden: int, bias: bool = True) -> nn.Sequential:
+    """Linear-BN-ReLU-Linear; ``bias``: of the last layer."""
+    return nn.Sequential(
         nn.Linear(width, hidden, bias=False),
         nn.BatchNorm1d(hidden),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, width, bias=not batch_norm),
-    ]
-    return nn.Sequential(*layers, *[nn.BatchNorm1d(width, affine=False)] * batch_norm)
+        nn.Linear(hidden, width, bias=bias),
+    )
 
 
-def _predict(head: nn.Module, z: Tensor) -> Tensor:
-    """``head`` of (V, B, width) in one pass, so that batch statistics are over all views."""
-    return head(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+class Predicting(Objective):
+    """An objective with a predictor (N, width) -> (N, width)."""
+
+    predictor: nn.Sequential
+
+    def predict(self, z: Tensor) -> Tensor:
+        """The predictor's outputs for projections (V, B, width), in one pass or one per view."""
+        p = on_views(self.predictor, z.flatten(0, 1), z.shape[1], self.bn_per_view)
+        return p.unflatten(0, z.shape[:2])
 
 
-class Byol(Objective):
+class Byol(Predicting):
     """BYOL [arXiv 2006.07733]: predict the momentum encoder's projection of the other view."""
 
     teacher = True
@@ -120,11 +148,11 @@ class Byol(Objective):
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
-        p1, p2 = _predict(self.predictor, z[:2])
+        p1, p2 = self.predict(z[:2])
         return byol(p1, p2, teacher[0], teacher[1])
 
 
-class SimSiam(Objective):
+class SimSiam(Predicting):
     """SimSiam [arXiv 2011.10566]: predict the other view's projection, which gets no gradient.
 
     The predictor's learning rate does not decay (the paper, section 4.2).
@@ -137,7 +165,7 @@ class SimSiam(Objective):
         self.predictor = predictor(width, predictor_hidden)
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
-        p1, p2 = _predict(self.predictor, z[:2])
+        p1, p2 = self.predict(z[:2])
         return simsiam(p1, p2, z[0], z[1])
 
 
@@ -202,8 +230,12 @@ class MocoV2Plus(QueueObjective):
         self.remember(teacher)
 
 
-class MocoV3(Objective):
-    """MoCo v3 [arXiv 2104.02057]: a predictor, a momentum encoder, negatives of the batch."""
+class MocoV3(Predicting):
+    """MoCo v3 [arXiv 2104.02057]: a predictor, a momentum encoder, negatives of the batch.
+
+    The predictor is the authors' and solo-learn's for a ResNet: no batch norm after its last layer,
+    which only a ViT's has. Their projector ends in one (``build_projector``'s ``output_norm``).
+    """
 
     teacher = True
 
@@ -218,11 +250,11 @@ class MocoV3(Objective):
         super().__init__()
         self.temperature = temperature
         self.momentum, self.momentum_end = momentum, momentum_end
-        self.predictor = predictor(width, predictor_hidden, batch_norm=True)
+        self.predictor = predictor(width, predictor_hidden, bias=False)
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
-        q1, q2 = _predict(self.predictor, z[:2])
+        q1, q2 = self.predict(z[:2])
         return moco_v3(q1, q2, teacher[0], teacher[1], self.temperature)
 
 
@@ -232,6 +264,12 @@ class Swav(QueueObjective):
     Every rank computes the assignments of the global batch; from ``queue_epoch`` on the queue takes
     part, if there is one and it is full. Prototypes have unit norm and are not updated during the
     first ``freeze_epochs``.
+
+    Without ``weight_norm`` each update changes the prototypes by their whole gradient, and they are
+    normalized after it [the authors' main_swav.py]. With it, prototype c is v / ‖v‖ of a trained
+    vector v whose norm is free: torch's weight normalization with g fixed at 1 [solo-learn]. The
+    forward pass is the same. The gradient of v is (g - (g·c) c) / ‖v‖ for a gradient g of c: it has
+    no part along c, and is smaller for a longer v.
     """
 
     local_crops = True
@@ -246,15 +284,26 @@ class Swav(QueueObjective):
         freeze_epochs: int = 1,
         queue: int = 0,
         queue_epoch: int = 15,
+        weight_norm: bool = False,
     ) -> None:
         super().__init__(width, queue)
+        self.weight_norm = weight_norm
         self.temperature, self.epsilon, self.steps = temperature, epsilon, sinkhorn_steps
         self.freeze_epochs, self.queue_epoch = freeze_epochs, queue_epoch
         self.epoch = self.remembered = 0
         self.frozen = self.remembers = False  # bools: the forward pass is compiled once per value
         self.prototypes = nn.Linear(width, prototypes, bias=False)
-        with torch.no_grad():
-            self.prototypes.weight.copy_(normalize(self.prototypes.weight))
+        self._normalize()
+
+    def _normalize(self) -> None:
+        if not self.weight_norm:
+            with torch.no_grad():
+                self.prototypes.weight.copy_(normalize(self.prototypes.weight))
+
+    def _unit(self) -> Tensor:
+        """The prototypes (K, width) with unit norm."""
+        weight = self.prototypes.weight
+        return normalize(weight) if self.weight_norm else weight
 
     def begin_epoch(self, epoch: int) -> None:
         self.frozen = epoch < self.freeze_epochs
@@ -268,19 +317,21 @@ class Swav(QueueObjective):
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             dtype = torch.promote_types(z.dtype, torch.float32)
-            weight = self.prototypes.weight
+            prototypes = self._unit()
             views = normalize(z.to(dtype).flatten(0, 1))
-            scores = F.linear(views, weight).unflatten(0, z.shape[:2])
+            scores = F.linear(views, prototypes).unflatten(0, z.shape[:2])
             with torch.no_grad():
-                codes = torch.stack([self._codes(scores[view], view) for view in (0, 1)])
+                codes = torch.stack(
+                    [self._codes(scores[view], view, prototypes) for view in (0, 1)]
+                )
         return swav(scores, codes, self.temperature)
 
-    def _codes(self, scores: Tensor, view: int) -> Tensor:
+    def _codes(self, scores: Tensor, view: int, prototypes: Tensor) -> Tensor:
         """Assignments (B, prototypes) of this rank's samples in one view."""
         every = dist.gather(scores.detach())
         count = len(every)
         if self.remembers:
-            every = torch.cat([every, F.linear(self.queue[view], self.prototypes.weight)])
+            every = torch.cat([every, F.linear(self.queue[view], prototypes)])
         codes = sinkhorn(every, self.epsilon, self.steps)[:count]
         return codes.view(dist.world_size(), -1, codes.shape[1])[dist.rank()]
 
@@ -289,8 +340,7 @@ class Swav(QueueObjective):
             self.prototypes.weight.grad = None
 
     def after_update(self, z: Tensor, teacher: Tensor | None) -> None:
-        with torch.no_grad():
-            self.prototypes.weight.copy_(normalize(self.prototypes.weight))
+        self._normalize()
         self.remember(z[:2])
         self.remembered += z.shape[1] * dist.world_size()
         self._look()
@@ -301,10 +351,20 @@ def as_objective(loss: Objective | Callable[..., Tensor]) -> Objective:
     return loss if isinstance(loss, Objective) else TwoViews(loss)
 
 
-def build_objective(name: str, width: int, /, **options: Any) -> Objective:
+def build_objective(
+    name: str, width: int, classes: int | None = None, /, **options: Any
+) -> Objective:
     """The objective ``name`` over projections (V, B, ``width``) with the options that it names.
 
-    Raises ``SettingError`` for a name that is not in ``OBJECTIVES``.
+    ``classes``: the number of classes, for ``supervised`` (any class whose constructor has this
+    parameter without a default). Raises ``SettingError`` for a name that is not in ``OBJECTIVES``,
+    and ``InputError`` if ``classes`` is missing.
     """
     entry = OBJECTIVES[name]
-    return entry(width, **options) if isinstance(entry, type) else TwoViews(entry, **options)
+    if not isinstance(entry, type):
+        return TwoViews(entry, **options)
+    if "classes" in inspect.signature(entry).parameters.keys() - hyperparameters(entry):
+        if classes is None:
+            raise InputError(f"objective {name} needs the number of classes, the third argument")
+        options["classes"] = classes
+    return entry(width, **options)

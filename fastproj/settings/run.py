@@ -77,7 +77,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Views:
-    """crops and augmentation; null takes the preset's value, a list holds one value per view"""
+    """crops and augmentation; null: the preset's; a list: one per view (a third: small crops)"""
 
     preset: str = setting(Key("fastproj.augment.draw:PRESETS"), "published augmentation", "simclr")
     size: int = setting(Int(8), "side of a crop, pixels", 32)
@@ -118,6 +118,9 @@ class Model:
     encoder: str = setting(Key("fastproj.models:ENCODERS"), "architecture", "resnet18")
     stem: str = setting(Choice("cifar", "imagenet"), "first layers: small images or large", "cifar")
     sync_bn: bool = setting(Bool(), "batch statistics over all ranks", False)
+    bn_per_view: bool = setting(
+        Bool(), "batch statistics of each view on its own, as most published code; slower", False
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,9 @@ class Projector:
     )
     levels: int | None = setting(
         OrNull(Int(2)), "values a discretized output takes; null: continuous"
+    )
+    output_norm: bool = setting(
+        Bool(), "batch normalization of the output, without scale and shift", False
     )
 
 
@@ -219,6 +225,9 @@ class Objective:
         sinkhorn_steps=Declared(_count, "swav: iterations", 3),
         epsilon=Declared(_positive, "swav: entropy of the assignment", 0.05),
         freeze_epochs=Declared(Int(0), "swav: epochs with fixed prototypes", 1),
+        weight_norm=Declared(
+            Bool(), "swav: prototypes by weight normalization, not normalized after updates", False
+        ),
     )
 
 

@@ -92,10 +92,11 @@ def build_learner(settings: Settings, classes: int) -> Learner:
         latents=head.latents,
         k=head.k,
         levels=head.levels,
+        output_norm=head.output_norm,
         **head.options,
     )
     chosen = settings.objective
-    objective = build_objective(chosen.name, projector.out_features, **chosen.options)
+    objective = build_objective(chosen.name, projector.out_features, classes, **chosen.options)
     if settings.views.local_crops and not objective.local_crops:
         raise InputError(
             f"objective {chosen.name} compares two crops: leave views.local_crops at 0"
@@ -107,6 +108,7 @@ def build_learner(settings: Settings, classes: int) -> Learner:
         classes,
         None if noise.noise == "none" else Noise(encoder.num_features, noise.noise, noise.sigma),
         build_penalties(settings, projector),
+        settings.model.bn_per_view,
     )
 
 
@@ -179,26 +181,31 @@ def build_augmentations(
 ) -> list[Augmentation]:
     """One augmentation per crop size: the preset's views, with the settings' overrides.
 
-    The set's mean and standard deviation normalize the pixels. Small crops use the first view.
+    The set's mean and standard deviation normalize the pixels. Small crops use the preset's first
+    view; a third value in a list is theirs.
     """
     preset = PRESETS[settings.views.preset]
+    small = settings.views.local_crops > 0
+    lengths = (1, LARGE, LARGE + 1) if small else (1, LARGE)
     views: list[View] = []
-    for number, view in enumerate(preset):
+    for number, view in enumerate([*preset, preset[0]]):
         changes = {}
         for name in ("flip_prob", "jitter_prob", "brightness", "contrast", "saturation", "hue",
                      "gray_prob", "blur_prob", "solarize_prob"):  # fmt: skip
             given = getattr(settings.views, name)
             if given is not None:
-                if len(given) not in (1, len(preset)):
+                if len(given) not in lengths:
+                    third = ", or a third one for the small crops" * small
                     raise InputError(
                         f"views.{name} has {len(given)} values: give one, or one for each of the "
-                        f"{len(preset)} views"
+                        f"{LARGE} views{third}"
                     )
                 changes[name] = given[number % len(given)]
         views.append(replace(view, **changes))
+    *large, local = views
     mean, std = beton.manifest.mean, beton.manifest.std
     return [
-        Augmentation(views if crop is crops[0] else views[:1] * crop.num_views, mean, std)
+        Augmentation(large if crop is crops[0] else [local] * crop.num_views, mean, std)
         for crop in crops
     ]
 

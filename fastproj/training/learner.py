@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastproj.core.errors import InputError
 from fastproj.models.noise import Noise
+from fastproj.models.norm import on_views
 from fastproj.models.projector import as_projector
 from fastproj.objective.methods import Objective, as_objective
 
@@ -62,6 +63,12 @@ class Learner(nn.Module):
     (``training.penalties``), which the trainer weighs. An objective that asks for a teacher gets a
     copy of encoder and projector, which only ``update_teacher`` changes.
 
+    ``bn_per_view``: encoder, projector, predictor and teacher are called once per view (small crops
+    too), so batch norm normalizes each view by its own statistics and updates its running ones once
+    per view, as in Projector_Theory, solo-learn and lightly. Otherwise all views of one crop size
+    go through the encoder together, and all views through the rest, which is faster; SwAV's code
+    does the same. The two are different methods: their losses and gradients differ.
+
     Raises ``InputError`` for an encoder without ``num_features``.
     """
 
@@ -73,6 +80,7 @@ class Learner(nn.Module):
         classes: int,
         noise: Noise | None = None,
         penalties: Mapping[str, Penalty] | None = None,
+        bn_per_view: bool = False,
     ) -> None:
         super().__init__()
         num_features = getattr(encoder, "num_features", None)
@@ -83,6 +91,7 @@ class Learner(nn.Module):
             )
         self.encoder, self.projector = encoder, as_projector(projector, num_features)
         self.objective = as_objective(objective)
+        self.bn_per_view = self.objective.bn_per_view = bn_per_view
         self.noise, self.penalties = noise, dict(penalties or {})
         self.probe = nn.Linear(num_features, classes)
         self.teacher: nn.Sequential | None = None
@@ -96,10 +105,14 @@ class Learner(nn.Module):
         The probe sees detached features, so it never changes the encoder.
         """
         images = len(labels)
-        mean = torch.cat([self.encoder(x) for x in views])
+
+        def run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return on_views(part, x, images, self.bn_per_view)
+
+        mean = torch.cat([run(self.encoder, x) for x in views])
         features, sigma = (mean, None) if self.noise is None else self.noise(mean)
-        hidden = self.projector.hidden(features)
-        projections = self.projector.head(hidden)
+        hidden = run(self.projector.hidden, features)
+        projections = run(self.projector.head, hidden)
 
         def by_view(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, images))
@@ -114,7 +127,7 @@ class Learner(nn.Module):
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = by_view(self.teacher(views[0]))
+                teacher = by_view(run(self.teacher, views[0]))
         terms = {"objective": self.objective(seen.projections, teacher, labels)}
         terms |= {name: penalty(seen) for name, penalty in self.penalties.items()}
         large = seen.mean[:LARGE].detach()

@@ -81,6 +81,25 @@ def test_depth_one_is_one_linear_layer():
         assert names(projector.trunk) == [] and isinstance(projector.last, nn.Linear)
 
 
+@pytest.mark.parametrize("levels", [None, 5])
+@pytest.mark.parametrize("kind", ["mlp", "none", "direct"])
+def test_output_norm_standardizes_each_coordinate_over_the_batch(kind, levels):
+    """As solo-learn's MoCo v3 and SimSiam end their projectors: no scale, no shift, no bias."""
+    projector, plain = (
+        build(kind, output_norm=norm, levels=levels if norm else None) for norm in (True, False)
+    )
+    plain.load_state_dict(projector.state_dict(), strict=False)
+    features = 3 + 2 * torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
+    z = plain(features).detach().double()
+    wanted = (z - z.mean(0)) / ((z - z.mean(0)).square().mean(0) + 1e-5).sqrt()
+    if levels:
+        wanted = Discretize(levels)(wanted)
+    torch.testing.assert_close(projector(features).double(), wanted, rtol=1e-4, atol=1e-5)
+    own = {name for name, _ in projector.norm.named_parameters()}
+    assert not own and "last.bias" not in projector.state_dict()
+    assert (plain.last.bias is not None) if kind == "mlp" else True
+
+
 def test_none_and_direct_have_no_parameters():
     features = torch.randn(3, 24)
     assert torch.equal(build("none")(features), features)

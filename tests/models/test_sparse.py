@@ -251,7 +251,7 @@ def test_autocast_gradients_are_near_float32(k, dtype):
 @pytest.mark.parametrize("k", [200, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_selects_what_float32_selects(k, dtype):
-    """In half precision the activations tie, so that torch.topk picks others; the layer does not."""
+    """In half precision the activations tie, so torch.topk picks others; the layer does not."""
     head = layer(32, 4000, 16, k, torch.float32)
     x = torch.randn(256, 32, requires_grad=True)
     code = F.linear(x - head.pre_bias, head.encoder.weight, head.encoder.bias)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.core.table import hyperparameters
 from fastproj.models.encoders import Encoder
 from fastproj.models.projector import build_projector
@@ -28,6 +28,7 @@ SETTINGS = {
     "sinkhorn_steps": 3,
     "epsilon": 0.05,
     "freeze_epochs": 1,
+    "weight_norm": False,
 }
 
 
@@ -35,7 +36,7 @@ def made(name: str, width: int = 6, **changes: object):
     torch.manual_seed(0)
     named = hyperparameters(OBJECTIVES[name])
     given = {option: value for option, value in SETTINGS.items() if option in named}
-    return build_objective(name, width, **{**given, **changes})
+    return build_objective(name, width, 2, **{**given, **changes})
 
 
 def projections(views: int = 2, batch: int = 4, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -88,12 +89,14 @@ def test_wrong_names_and_a_missing_queue_are_setting_errors():
         made("mocov2plus", queue=0)
 
 
+@pytest.mark.parametrize("per_view", [False, True])
 @pytest.mark.parametrize("name", ["byol", "simsiam", "mocov3"])
-def test_a_predictor_sees_both_views_in_one_pass(name):
+def test_a_predictor_sees_both_views_in_one_pass_or_one_in_each(name, per_view):
     objective = made(name)
+    objective.bn_per_view = per_view
     z, teacher = projections(), projections(seed=1)
     both = objective.predictor(z.flatten(0, 1))
-    p1, p2 = both[:4], both[4:]
+    p1, p2 = map(objective.predictor, z) if per_view else (both[:4], both[4:])
     wanted = {
         "byol": lambda: losses.byol(p1, p2, *teacher),
         "simsiam": lambda: losses.simsiam(p1, p2, *z),
@@ -143,6 +146,62 @@ def test_swav_prototypes_are_unit_and_frozen_at_first():
     torch.testing.assert_close(norms, torch.ones(5))
 
 
+def test_swavs_prototypes_with_weight_norm_are_torchs():
+    """Forward pass, gradient and update of torch's parametrization with g fixed at 1."""
+    objective, plain = made("swav", weight_norm=True), made("swav")
+    with torch.no_grad():
+        plain.prototypes.weight.copy_(normalize(objective.prototypes.weight))
+    theirs = nn.Linear(6, 5, bias=False)
+    theirs.load_state_dict(objective.prototypes.state_dict())
+    nn.utils.parametrizations.weight_norm(theirs)
+    g, v = theirs.parametrizations.weight.parameters()
+    g.requires_grad_(False).fill_(1)
+    optimizers = [torch.optim.SGD([p], 1.0) for p in (objective.prototypes.weight, v)]
+    for step in range(3):
+        z = projections(views=3, seed=step)
+        unit = normalize(z.flatten(0, 1)).unflatten(0, (3, 4))
+        scores = theirs(unit)
+        codes = torch.stack([losses.sinkhorn(scores[view], 0.05, 3) for view in (0, 1)])
+        wanted = losses.swav(scores, codes, SETTINGS["temperature"])
+        loss = objective(z, None, labels())
+        torch.testing.assert_close(loss, wanted)
+        for optimizer, value in zip(optimizers, (loss, wanted), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        torch.testing.assert_close(objective.prototypes.weight.grad, v.grad)
+        if step == 0:  # the same forward pass, another gradient: with a part along the prototypes
+            same = plain(z, None, labels())
+            torch.testing.assert_close(same, loss)
+            same.backward()
+            weight, other = plain.prototypes.weight.detach(), plain.prototypes.weight.grad
+            assert (other * weight).sum(1).abs().min() > 1e-4
+            tangent = other - (other * weight).sum(1, keepdim=True) * weight
+            torch.testing.assert_close(v.grad, tangent / v.norm(dim=1, keepdim=True))
+        for optimizer in optimizers:
+            optimizer.step()
+        objective.after_update(z, None)
+        torch.testing.assert_close(objective.prototypes.weight, v)
+    assert (v.norm(dim=1) - 1).abs().min() > 1e-3  # the norm is free
+
+
+def test_supervised_is_the_cross_entropy_of_a_linear_classifier():
+    """Against a float64 loop from the formula, over both views."""
+    objective = build_objective("supervised", 6, 3).double()
+    z, classes = projections().double(), torch.tensor([2, 0, 1, 2])
+    weight, bias = objective.classifier.weight, objective.classifier.bias
+    total = 0.0
+    for view in z:
+        for row, label in zip(view, classes.tolist(), strict=True):
+            logits = [(row @ w + b).item() for w, b in zip(weight, bias, strict=True)]
+            total -= logits[label] - math.log(sum(map(math.exp, logits)))
+    assert objective(z, None, classes).item() == pytest.approx(total / 8, rel=1e-12)
+    assert objective.needs_labels and weight.shape == (3, 6)
+    with pytest.raises(InputError, match="supervised needs the number of classes"):
+        build_objective("supervised", 6)
+    with pytest.raises(InputError, match=r"logits \(V, B, classes\) and labels \(B,\)"):
+        objective(z, None, classes[:3])
+
+
 def test_swav_uses_its_queue_when_it_is_full_and_the_epoch_has_come():
     objective, plain = made("swav"), made("swav", queue=0)
     plain.prototypes.load_state_dict(objective.prototypes.state_dict())
@@ -171,12 +230,12 @@ def test_swav_uses_its_queue_when_it_is_full_and_the_epoch_has_come():
     torch.testing.assert_close(loss(2), losses.swav(unit @ weight.T, codes, 0.2))
 
 
-def learner(name: str = "byol") -> Learner:
+def learner(name: str = "byol", per_view: bool = False) -> Learner:
     torch.manual_seed(0)
     layers = {"flatten": nn.Flatten(), "linear": nn.Linear(12, 5), "norm": nn.BatchNorm1d(5)}
     head = {"hidden": 8, "out": 6, "depth": 2, "batch_norm": True, "dropout": 0.0}
     projector = build_projector("mlp", 5, **head, latents=None, k=0.1, levels=None)
-    return Learner(Encoder(layers, 5), projector, made(name), classes=2)
+    return Learner(Encoder(layers, 5), projector, made(name), classes=2, bn_per_view=per_view)
 
 
 def test_the_teacher_starts_equal_follows_slowly_and_is_not_trained():
@@ -215,10 +274,14 @@ def test_small_crops_join_the_large_ones_behind_one_encoder():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["barlow", "mocov2plus", "mocov3", "simsiam", "swav"])
-def test_eager_equals_compiled(name):
+@pytest.mark.parametrize(
+    ("name", "per_view"),
+    [("barlow", False), ("mocov2plus", False), ("mocov3", False), ("mocov3", True),
+     ("simsiam", True), ("swav", False)],
+)  # fmt: skip
+def test_eager_equals_compiled(name, per_view):
     """The whole forward pass, compiled in place: same terms, same gradients, same names."""
-    eager, compiled = learner(name), learner(name)
+    eager, compiled = learner(name, per_view), learner(name, per_view)
     names = compiled.state_dict().keys()
     compiled.compile()
     assert compiled.state_dict().keys() == names

@@ -32,7 +32,7 @@ OBJECTIVE: dict[str, Any] = {
     "temperature": 0.2, "off_diagonal": 0.0051, "scale": 0.1, "invariance": 25.0, "variance": 25.0,
     "covariance": 1.0, "predictor_hidden": 16, "queue": 24, "queue_epoch": 1, "prototypes": 6,
     "sinkhorn_steps": 3, "epsilon": 0.05, "freeze_epochs": 1,
-    "momentum": 0.9, "momentum_end": 1.0,
+    "momentum": 0.9, "momentum_end": 1.0, "weight_norm": False,
 }  # fmt: skip
 SCALE, LOCAL_SCALE = (0.08, 1.0), (0.05, 0.14)
 
@@ -42,6 +42,7 @@ def small_trainer(
     objective: str = "simclr",
     *,
     head: Mapping[str, Any] | None = None,
+    loss: Mapping[str, Any] | None = None,
     view: View = PLAIN,
     size: int = 8,
     sizes: Sequence[int] = (),
@@ -51,6 +52,7 @@ def small_trainer(
     penalties: Mapping[str, Sequence[float]] | None = None,
     groups: str = "columns",
     proximal: bool = False,
+    bn_per_view: bool = False,
     batch_size: int = 16,
     optimizer: str = "sgd",
     engine: str = "auto",
@@ -61,15 +63,16 @@ def small_trainer(
 ) -> Trainer:
     """Two epochs of ``objective`` on the small ResNet, on this rank; sizes of ``HEAD``.
 
-    ``head`` changes ``HEAD``, ``view`` both augmentations; ``sizes`` are those of each epoch, where
-    crops grow; ``penalties``: weights by name; ``dtype`` of weights and views; ``backend`` compiles
-    the learner with it. What is left goes to ``Trainer``.
+    ``head`` changes ``HEAD``, ``loss`` ``OBJECTIVE``, ``view`` both augmentations; ``sizes`` are
+    those of each epoch, where crops grow; ``penalties``: weights by name; ``dtype`` of weights and
+    views; ``backend`` compiles the learner with it. What is left goes to ``Trainer``.
     """
     torch.manual_seed(0)
     encoder = build_encoder("resnet_small", "cifar")
     projector = build_projector("mlp", encoder.num_features, **{**HEAD, **(head or {})})
     named = hyperparameters(OBJECTIVES[objective])
-    options = {name: value for name, value in OBJECTIVE.items() if name in named}
+    choices = {**OBJECTIVE, **(loss or {})}
+    options = {name: value for name, value in choices.items() if name in named}
     known = {
         "matrix_information": lambda: information(2.0),
         "sparsehead": lambda: sparsity(projector, groups),
@@ -81,10 +84,11 @@ def small_trainer(
     learner = Learner(
         encoder,
         projector,
-        build_objective(objective, projector.out_features, **options),
+        build_objective(objective, projector.out_features, len(beton.classes), **options),
         len(beton.classes),
         Noise(encoder.num_features, noise, sigma) if noise else None,
         {name: known[name]() for name in with_gradient},
+        bn_per_view,
     ).to(dtype)
     if dist.world_size() > 1:
         synchronize(learner)

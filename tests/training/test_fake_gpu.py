@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"objective": name, "proximal": True} for name in OBJECTIVES},
     "small crops, in parts": {
         "objective": "swav", "local_crops": 2, "accumulate": 2, "groups": "activations",
+        "bn_per_view": True,
     },
 }  # fmt: skip
 

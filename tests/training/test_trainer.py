@@ -90,9 +90,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sparsehead": SPARSE,
     "sparsehead, proximal": SPARSE | {"proximal": True},
     "sparsehead of activations": SPARSE | {"groups": "activations"},
+    "batch norm per view": {"objective": "mocov3", "bn_per_view": True,
+                            "head": {"output_norm": True}},
+    "batch norm per view, small crops": {
+        "objective": "swav", "bn_per_view": True, "local_crops": 2, "loss": {"weight_norm": True},
+    },
+    "batch norm per view, compiled": {
+        "objective": "byol", "bn_per_view": True, "backend": "aot_eager",
+        "noise": "learned", "sigma": 1e-12,
+    },
     "simclr compiled": {"backend": "aot_eager", "noise": "learned", "sigma": 1e-12},
     "mocov3 compiled": {"backend": "aot_eager", "objective": "mocov3"},
-}
+}  # fmt: skip
 
 
 def read_in_an_epoch(path: Path) -> dict[str, torch.Tensor]:
