@@ -50,13 +50,13 @@ def own(path: Path) -> set[str]:
     return {f"{section}.{name}" for section, values in sections.items() for name in values}
 
 
-def views(settings: Settings) -> list[tuple[float, ...]]:
-    """Of each large view: jitter's chance and strengths, gray, blur, solarize, flip."""
+def views(settings: Settings, size: int = 0) -> list[tuple[float, ...]]:
+    """Of each view of a crop size: jitter's chance and strengths, gray, blur, solarize, flip."""
     beton: Any = SimpleNamespace(manifest=SimpleNamespace(mean=[0.5] * 3, std=[0.5] * 3))
-    large, *_ = build_augmentations(settings, beton, build_crops(settings, 0))
+    chosen = build_augmentations(settings, beton, build_crops(settings, 0))[size]
     return [
         (v.jitter_prob, v.brightness, v.contrast, v.saturation, v.hue,
-         v.gray_prob, v.blur_prob, v.solarize_prob, v.flip_prob) for v in large.views
+         v.gray_prob, v.blur_prob, v.solarize_prob, v.flip_prob) for v in chosen.views
     ]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def head(settings: Settings) -> tuple[list[tuple[int, ...]], int]:
     with torch.device("meta"):
         projector = build_projector(
             chosen.kind, 512, latents=chosen.latents, k=chosen.k, levels=chosen.levels,
-            **chosen.options,
+            output_norm=chosen.output_norm, **chosen.options,
         )  # fmt: skip
     norms = sum(isinstance(layer, torch.nn.BatchNorm1d) for layer in projector.modules())
     return [tuple(p.shape) for p in projector.parameters() if p.ndim > 1], norms
@@ -82,7 +82,8 @@ PRETRAINING = {
     ("in", "barlow"): (256 * 2, 0.3, 0.1, 100),
 }
 COMMON = {
-    "model.encoder": "resnet18", "model.sync_bn": True,
+    "model.encoder": "resnet18", "model.sync_bn": True, "model.bn_per_view": True,
+   
     "optim.optimizer": "lars", "optim.momentum": 0.9, "optim.trust_coefficient": 0.02,
     "optim.weight_decay": 1e-4, "optim.warmup_epochs": 10, "optim.warmup_lr": 3e-5,
     "views.scale_min": 0.08, "views.scale_max": 1, "views.local_crops": 0,
@@ -157,7 +158,15 @@ ACCURACIES = {
     "cifar10_barlow": ["92.10"], "cifar100_barlow": ["70.90"], "in100_barlow": ["80.38"],
     "cifar10_byol": ["92.58"], "cifar10_simsiam": ["90.51"], "cifar10_mocov2plus": ["92.94"],
     "cifar10_mocov3": ["93.10"], "cifar10_vicreg": ["92.07"], "cifar10_swav": ["89.17"],
-    "cifar10_supcon": ["93.82"], "cifar10_directclr": ["62.7"],
+    "cifar10_supcon": ["93.82"],
+    "cifar100_byol": ["70.46"], "cifar100_simsiam": ["66.04"], "cifar100_mocov2plus": ["69.89"],
+    "cifar100_mocov3": ["68.83"], "cifar100_vicreg": ["68.54"], "cifar100_swav": ["64.88"],
+    "cifar100_supcon": ["70.38"],
+    "in100_byol": ["80.16", "80.32"], "in100_simsiam": ["74.54", "78.72"],
+    "in100_mocov2plus": ["78.20", "79.28"], "in100_mocov3": ["80.36", "80.36"],
+    "in100_vicreg": ["79.22", "79.40"], "in100_swav": ["74.04", "74.28"],
+    "in100_supcon": ["84.40"],
+    "cifar10_directclr": ["62.7"], "cifar100_directclr": ["62.7"], "in100_directclr": ["62.7"],
     "cifar10_superinfo": ["85.76", "86.20"], "cifar10_superinfo_noise": ["85.76"],
     "stl10_superinfo": ["78.74"],
 }  # fmt: skip
@@ -177,9 +186,9 @@ ASYMMETRIC = [(*MILD, 0.0, 0.0, 0.5), (*MILD, 0.0, 0.2, 0.5)]
 WEAK = [(0.8, 0.4, 0.4, 0.4, 0.1, 0.2, 0.5, 0.0, 0.5)] * 2
 SOLO: dict[str, tuple[Any, ...]] = {
     "byol": ("lars", 1.0, 0.1, 1e-5, [(4096, 512), (256, 4096)], 1, ASYMMETRIC),
-    "simsiam": ("sgd", 0.5, 0.1, 1e-5, [(2048, 512), (2048, 2048), (2048, 2048)], 2, WEAK),
+    "simsiam": ("sgd", 0.5, 0.1, 1e-5, [(2048, 512), (2048, 2048), (2048, 2048)], 3, WEAK),
     "mocov2plus": ("sgd", 0.3, 0.3, 1e-4, [(2048, 512), (256, 2048)], 0, WEAK),
-    "mocov3": ("lars", 0.3, 0.3, 1e-6, [(4096, 512), (256, 4096)], 1, ASYMMETRIC),
+    "mocov3": ("lars", 0.3, 0.3, 1e-6, [(4096, 512), (256, 4096)], 2, ASYMMETRIC),
     "vicreg": ("lars", 0.3, 0.1, 1e-4, [(2048, 512), (2048, 2048), (2048, 2048)], 2,
                [(*MILD, 0.0, 0.1, 0.5)] * 2),
     "swav": ("lars", 0.6, 0.1, 1e-6, [(2048, 512), (128, 2048)], 1, [STRONG, STRONG]),
@@ -193,25 +202,67 @@ SOLO_OBJECTIVE: dict[str, dict[str, float]] = {
     "mocov3": {"temperature": 0.2, "predictor_hidden": 4096, "momentum": 0.99, "momentum_end": 1},
     "vicreg": {"invariance": 25, "variance": 25, "covariance": 1},
     "swav": {"temperature": 0.1, "queue": 3840, "queue_epoch": 50, "prototypes": 3000,
-             "freeze_epochs": 2, "sinkhorn_steps": 3, "epsilon": 0.05},
+             "freeze_epochs": 2, "sinkhorn_steps": 3, "epsilon": 0.05, "weight_norm": True},
     "supcon": {"temperature": 0.2},
 }  # fmt: skip
+# The same of scripts/pretrain/imagenet-100: two GPUs with 128 images each.
+PHOTOS = [(*MILD, 1.0, 0.0, 0.5), (*MILD, 0.1, 0.2, 0.5)]  # asymmetric.yaml
+SOLO_IN: dict[str, tuple[Any, ...]] = {
+    "byol": ("lars", 0.5, 0.1, 1e-6, [(4096, 512), (256, 4096)], 1, PHOTOS),
+    "simsiam": ("sgd", 0.5, 0.1, 1e-5, [(2048, 512), (2048, 2048), (2048, 2048)], 3, PHOTOS),
+    "mocov2plus": ("sgd", 0.3, 0.3, 1e-4, [(2048, 512), (256, 2048)], 0, WEAK),
+    "mocov3": ("lars", 0.3, 0.3, 1e-6, [(4096, 512), (256, 4096)], 2, PHOTOS),
+    "vicreg": ("lars", 0.3, 0.1, 1e-4, [(2048, 512), (2048, 2048), (2048, 2048)], 2,
+               [(*MILD, 0.5, 0.1, 0.5)] * 2),
+    "swav": ("lars", 0.6, 0.1, 1e-6, [(2048, 512), (128, 2048)], 1, [STRONG, STRONG]),
+    "supcon": ("sgd", 0.5, 0.1, 1e-5, [(2048, 512), (512, 2048)], 0, [STRONG, STRONG]),
+}  # fmt: skip
+SOLO_IN_OBJECTIVE = {"byol": {"predictor_hidden": 8192}, "mocov2plus": {"queue": 65536}}
 
 
+@pytest.mark.parametrize("data", SETS)
 @pytest.mark.parametrize("method", SOLO)
-def test_another_objectives_recipe_has_solo_learns_settings(method: str) -> None:
-    settings = read(f"cifar10_{method}")
+def test_another_objectives_recipe_has_solo_learns_settings(method: str, data: str) -> None:
+    settings = read(f"{data}_{method}")
     optim, objective = settings.optim, settings.objective
-    *expected, weights, norms, augmentation = SOLO[method]
+    *expected, weights, norms, augmentation = (SOLO_IN if data == "in100" else SOLO)[method]
     assert [optim.optimizer, optim.lr, optim.probe_lr, optim.weight_decay] == expected
-    assert (optim.batch_size, optim.epochs, optim.warmup_epochs) == (256, 1000, 10)
+    epochs = 400 if data == "in100" else 1000
+    assert (optim.batch_size, optim.epochs, optim.warmup_epochs) == (256, epochs, 10)
+    assert settings.model.bn_per_view and settings.model.sync_bn
+    assert settings.data.train == f"data/{data}/train.beton"
     trust = {"trust_coefficient": 0.02} if optim.optimizer == "lars" else {}
     assert (optim.options, optim.warmup_lr) == ({"momentum": 0.9} | trust, 3e-5)
     assert head(settings) == (weights, norms)
     assert views(settings) == augmentation
     crops = settings.views
     assert (crops.scale_min, crops.local_crops) == (0.2 if method == "vicreg" else 0.08, 0)
-    assert (objective.name, objective.options) == (method, SOLO_OBJECTIVE[method])
+    options = SOLO_OBJECTIVE[method]
+    if data == "in100":
+        options = options | SOLO_IN_OBJECTIVE.get(method, {})
+    assert (objective.name, objective.options) == (method, options)
+
+
+def test_swavs_multi_crop_has_solo_learns_augmentation_for_each_size() -> None:
+    """scripts/pretrain/cifar-multicrop/augmentations/swav.yaml, and the rest as with two crops."""
+    settings, plain = read("cifar10_swav_multicrop"), read("cifar10_swav")
+    large, small = build_crops(settings, 0)
+    assert (large.size, large.num_views, large.scale) == (32, 2, (0.2, 1.0))
+    assert (small.size, small.num_views, small.scale) == (18, 6, (0.08, 0.5))
+    jitter = (0.8, 0.6, 0.6, 0.6, 0.2, 0.2)
+    assert views(settings) == [(*jitter, 0.0, 0.0, 0.5), (*jitter, 0.0, 0.2, 0.5)]
+    assert views(settings, 1) == [(0.8, 0.8, 0.8, 0.8, 0.2, 0.2, 0.1, 0.1, 0.5)] * 6
+    changed = {key for key, value in settings.flat().items() if value != plain.flat().get(key)}
+    assert {key for key in changed if not key.startswith("views.")} == {"run.name"}
+
+
+@pytest.mark.parametrize("data", SETS)
+def test_the_supervised_reference_is_its_base_without_a_projector(data: str) -> None:
+    settings, base = read(f"{data}_supervised"), read(data)
+    assert (settings.objective.name, settings.objective.options) == ("supervised", {})
+    assert settings.projector.kind == "none"
+    changed = {key for key, value in settings.flat().items() if value != base.flat()[key]}
+    assert changed == {"run.name", "objective.name", "projector.kind"}
 
 
 @pytest.mark.parametrize("data", ["cifar10", "stl10"])
@@ -251,12 +302,14 @@ FAST = {
 def test_a_fast_recipe_is_its_base_but_for_what_its_head_says(data: str) -> None:
     fast, base = read(f"{data}_fast").flat(), read(data).flat()
     changed = {key: fast[key] for key in fast if fast[key] != base[key]}
-    named = {"run.name": f"{data}_fast", "data.engine": "resident", "optim.batch_size": 1024}
+    named = {"run.name": f"{data}_fast", "data.engine": "resident", "optim.batch_size": 1024,
+             "model.bn_per_view": False}  # fmt: skip
     assert changed == named | FAST[data]
 
 
-def test_directclr_compares_the_papers_share_of_the_features() -> None:
-    settings = read("cifar10_directclr")
+@pytest.mark.parametrize("data", SETS)
+def test_directclr_compares_the_papers_share_of_the_features(data: str) -> None:
+    settings = read(f"{data}_directclr")
     assert settings.projector.kind == "direct"
     assert settings.projector.options["out"] == 512 * 360 / 2048
     assert settings.objective.options == {"temperature": 0.1}
@@ -352,6 +405,7 @@ def test_a_head_with_something_missing_is_refused(text: str, tmp_path: Path, mak
         ("--projector.kind=barlow", "barlow 2048-2048-256 BN", "–"),
         ("--projector.kind=linear", "linear 256", "–"),
         ("--projector.kind=none", "none", "–"),
+        ("--output_norm=true --projector.levels=3", "mlp 2048-256, output BN, 3 levels", "–"),
         ("--projector.kind=none --latents=9 --k=2", "none 256, sparse 9 (k 2)", "–"),
         ("--matrix_information.weight=0,1e-4", "mlp 2048-256", "matrix information 0 to 0.0001"),
         ("--sparsehead.weight=0.1", "mlp 2048-256", "sparsehead 0.1 (columns)"),

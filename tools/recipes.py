@@ -72,8 +72,9 @@ def projector(settings: Settings) -> str:
     if hidden and given["dropout"]:
         words.append(f"dropout {given['dropout']:g}")
     sparse = "" if head.latents is None else f", sparse {head.latents} (k {head.k:g})"
+    norm = ", output BN" * head.output_norm
     levels = "" if head.levels is None else f", {head.levels} levels"
-    return " ".join(words) + sparse + levels
+    return " ".join(words) + sparse + norm + levels
 
 
 def regularizers(settings: Settings) -> str:
