@@ -252,6 +252,10 @@ def test_swavs_multi_crop_has_solo_learns_augmentation_for_each_size() -> None:
     jitter = (0.8, 0.6, 0.6, 0.6, 0.2, 0.2)
     assert views(settings) == [(*jitter, 0.0, 0.0, 0.5), (*jitter, 0.0, 0.2, 0.5)]
     assert views(settings, 1) == [(0.8, 0.8, 0.8, 0.8, 0.2, 0.2, 0.1, 0.1, 0.5)] * 6
+    # One value and two values are the large crops'; small ones take the first.
+    for given in ("0.3", "0.3,0.7"):
+        short = read("cifar10_swav_multicrop", f"--views.blur_prob={given}")
+        assert {view[6] for view in views(short, 1)} == {0.3}
     changed = {key for key, value in settings.flat().items() if value != plain.flat().get(key)}
     assert {key for key in changed if not key.startswith("views.")} == {"run.name"}
 
@@ -367,6 +371,14 @@ def test_a_head_says_all_and_only_of_its_own_recipe(path: Path, maker: Any) -> N
     figure = re.search(r"\d\d\.\d\d", items["Measured"])
     if items["Measured"] != "not measured":
         assert figure and figure[0] in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_where_batch_norm_sees_all_views_a_head_says_so(path: Path, maker: Any) -> None:
+    said = ["in one pass" in " ".join(maker.read_head(file).items.values()) for file in chain(path)]
+    assert any(said) == (not read(path.stem).model.bn_per_view)
+    ours = re.match("ours", maker.read_head(path).items["Protocol"])
+    assert ours or not any(said)  # a published protocol's batch norm sees one view
 
 
 GOOD = "# T\n# Command: c\n#   d\n# Protocol: p\n# Published: none\n# Measured: m\n"

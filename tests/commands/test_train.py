@@ -259,6 +259,15 @@ BAD = {
     "unsplittable batch": ({"optim__accumulate": 3}, "cannot be split"),
     "crop range": ({"views__scale_min": 0.9, "views__scale_max": 0.5}, "above views.scale_max"),
     "values a view": ({"views__blur_prob": "0.1,0.2,0.3"}, "views.blur_prob has 3 values"),
+    "values a view and crop size": (
+        {
+            "objective__name": "swav",
+            "views__local_crops": 2,
+            "views__local_size": 8,
+            "views__blur_prob": "0.1,0.2,0.3,0.4",
+        },
+        "one for each of the 2 views, or a third one for the small crops",
+    ),
     "nothing to resume": ({"run__resume": "nowhere"}, "no checkpoint to resume from"),
     "no beton": ({"data__train": "nowhere.beton"}, "nowhere.beton: no such beton"),
 }
