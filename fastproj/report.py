@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     run_as_script("report")
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # an extra, and slow to import: only drawing needs it
 
 COLUMNS = 3
 PANEL = (4.4, 3.0)  # width and height, inches
-STYLES = ("o-", "o--")  # so that neither of two equal curves hides the other
+STYLES = ("o-", "o--", "o:")  # so that none of several equal curves hides another
 PER_CENT = 100.0
+STD = "_std"  # ends the name of a curve's standard deviation, which is drawn as a band
 PENALTY = "penalty."  # before the name of a term of the loss: a diagnostic may be its namesake
 
 
@@ -45,11 +46,29 @@ def _both(measure: str) -> dict[str, str]:
 PANELS = [
     Panel("loss", "loss", {"loss": "all terms, weighed", PENALTY + "objective": "objective"}),
     Panel("online probe", "right on training views (%)", {"online_probe": ""}, PER_CENT),
-    Panel("matrix information", "I₂(features; projections) (nats)", {"matrix_information": ""}),
     Panel(
-        "bounds on information about labels",
-        "surrogate of I(labels; features)",
-        {"upper_bound_surrogate": "upper", "lower_bound_surrogate": "lower"},
+        "online accuracy",
+        "right on val images (%)",
+        {"online_top1": "probe top-1", "online_top5": "probe top-5", "online_knn_top1": "kNN"},
+        PER_CENT,
+    ),
+    Panel("matrix information", "I₂(h; z) (nats)", {"matrix_information": ""}),
+    Panel(
+        "loss and matrix entropy of features",
+        "mean over steps ± std (nats)",
+        {
+            "matrix_entropy_features": "S₂(h)",
+            "log_n_minus_nce_features": "log N − NCE(h)",
+            "negative_loss_features": "−loss(h)",
+        },
+    ),
+    Panel(
+        "authors' curves (trends only)",
+        "mean over steps ± std (nats)",
+        {
+            "entropy_minus_information": "S₂(h) − I₂(h; z)",
+            "negative_loss_minus_information": "−loss(h) − I₂(h; z)",
+        },
     ),
     Panel("alignment", "squared distance of views", _both("alignment")),
     Panel("uniformity", "log mean exp(-2 · distance²)", _both("uniformity")),
@@ -59,35 +78,60 @@ PANELS = [
     Panel("near-zero groups", "first weight (% of groups)", {"near_zero_groups": ""}, PER_CENT),
 ]
 
+SPECTRA = Panel("singular values, last measured epoch", "fraction of their sum", _both("spectrum"))
+
 Curve = tuple[list[int], list[float]]
 
 
-def curves(events: Iterable[dict[str, Any]]) -> dict[str, Curve]:
-    """What the ``epoch`` events of a journal hold: name -> (epochs, from 1; values).
+def _last(events: Iterable[dict[str, Any]], kind: str) -> list[tuple[int, dict[str, Any]]]:
+    """(epoch, event) of one kind of event; for a resumed epoch only the last event counts."""
+    return sorted({event["epoch"]: event for event in events if event["event"] == kind}.items())
 
-    The loss, the online probe, the terms of the loss (named ``penalty.…``) and the diagnostics. For
-    a resumed epoch only the last event counts.
+
+def curves(events: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+    """What the ``epoch`` and ``probe`` events hold: name -> (epochs, from 1; values).
+
+    The loss, the online probe and its scores on val, the terms of the loss (named ``penalty.…``)
+    and the diagnostics. For a resumed epoch only the last event counts.
     """
-    epochs = {event["epoch"]: event for event in events if event["event"] == "epoch"}
     found: dict[str, Curve] = {}
-    for epoch, event in sorted(epochs.items()):
-        metrics = {
-            name if name in ("loss", "online_probe") else PENALTY + name: value
-            for name, value in event.items()
-            if isinstance(value, float) and name != "time"
-        }
-        for name, value in (metrics | event.get("diagnostics", {})).items():
-            numbers, values = found.setdefault(name, ([], []))
-            numbers.append(epoch + 1)
-            values.append(value)
+
+    def add(epoch: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                numbers, values = found.setdefault(name, ([], []))
+                numbers.append(epoch + 1)
+                values.append(value)
+
+    for epoch, event in _last(events, "epoch"):
+        own = ("loss", "online_probe")
+        add(epoch, {n if n in own else PENALTY + n: v for n, v in event.items() if n != "time"})
+        add(epoch, event.get("diagnostics", {}))
+    for epoch, event in _last(events, "probe"):
+        add(epoch, {name: x for name, x in event.items() if name.startswith("online_")})
     return found
 
 
-def draw(title: str, found: dict[str, Curve]) -> "Figure":
+def spectra(events: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+    """The spectra of the last epoch that has them: name -> (places, from 1; fractions)."""
+    for _, event in reversed(_last(events, "epoch")):
+        diagnostics = event.get("diagnostics", {})
+        if SPECTRA.curves.keys() <= diagnostics.keys():
+            return {
+                name: ([k for k, _ in diagnostics[name]], [value for _, value in diagnostics[name]])
+                for name in SPECTRA.curves
+            }
+    return {}
+
+
+def draw(
+    title: str, found: Mapping[str, Curve], spectrum: Mapping[str, Curve] | None = None
+) -> "Figure":
     """A figure with one panel per measure that ``found`` holds, in the order of ``PANELS``.
 
-    A curve that no panel names gets its own panel. A line's label is the name of its curve. Raises
-    ``InputError`` without matplotlib.
+    A curve that no panel names gets its own panel; the standard deviation of a curve is a band
+    around it. ``spectrum``: what ``spectra`` returns, for a last panel. A line's label is the name
+    of its curve. Raises ``InputError`` without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -98,27 +142,41 @@ def draw(title: str, found: dict[str, Curve]) -> "Figure":
             "elsewhere pip install 'fastproj-ssl[report]'"
         ) from error
     named = {name for panel in PANELS for name in panel.curves}
+    named |= {name + STD for name in found}
     panels = [panel for panel in PANELS if panel.curves.keys() & found.keys()]
     panels += [
         Panel(name.replace(".", ": ").replace("_", " "), "value", {name: ""})
         for name in sorted(found.keys() - named)
     ]
-    rows = -(-len(panels) // COLUMNS)
+    drawn = [(panel, found) for panel in panels]
+    if spectrum:
+        drawn.append((SPECTRA, spectrum))
+    rows = -(-len(drawn) // COLUMNS)
     figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 0.4), layout="constrained")
     figure.suptitle(title, fontsize="x-large")
-    for number, panel in enumerate(panels, start=1):
+    for number, (panel, its) in enumerate(drawn, start=1):
         axes = figure.add_subplot(rows, COLUMNS, number)
         axes.set(title=panel.title, xlabel="epoch", ylabel=panel.axis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        there = [name for name in panel.curves if name in found]
+        there = [name for name in panel.curves if name in its]
         for name, style in zip(there, STYLES, strict=False):
-            epochs, values = found[name]
-            axes.plot(epochs, [panel.factor * v for v in values], style, label=name, markersize=3)
+            x, values = its[name]
+            (line,) = axes.plot(
+                x, [panel.factor * v for v in values], style, label=name, markersize=3
+            )
+            if name + STD in its:
+                band = list(zip(values, its[name + STD][1], strict=True))
+                axes.fill_between(
+                    x, [v - std for v, std in band], [v + std for v, std in band],
+                    color=line.get_color(), alpha=0.2, linewidth=0,
+                )  # fmt: skip
         if panel.factor == PER_CENT:
             axes.set_ylim(bottom=0)
+        if panel is SPECTRA:
+            axes.set(xlabel="singular value, from the largest", yscale="log")
         if len(there) > 1:
-            axes.legend([panel.curves[name] for name in there])
+            axes.legend(axes.get_lines(), [panel.curves[name] for name in there])
     return figure
 
 
@@ -128,12 +186,13 @@ def report(run: RunFolder) -> Path:
     Raises ``InputError`` for a run without a journal or without an epoch in it, and without
     matplotlib.
     """
-    found = curves(read(run.metrics))
+    events = read(run.metrics)
+    found = curves(events)
     if not found:
         raise InputError(
             f"{run.metrics} holds no epoch yet: train for one first, or give another run folder"
         )
-    figure = draw(run.name, found)
+    figure = draw(run.name, found, spectra(events))
     with replacing(run.curves) as file:
         figure.savefig(file, format="png", dpi=110)
     return run.curves

@@ -24,7 +24,7 @@ SAME = {
                                "levels": "projector.levels"},
     fastproj.Trainer: {"epochs": "optim.epochs", "warmup_epochs": "optim.warmup_epochs",
                        "warmup_lr": "optim.warmup_lr", "accumulate": "optim.accumulate",
-                       "seed": "run.seed"},
+                       "diagnostics_every": "train.diagnostics_every", "seed": "run.seed"},
     fastproj.matrix_information: {"alpha": "matrix_information.alpha"},
 }  # fmt: skip
 

@@ -30,6 +30,15 @@ def gram(rows: Tensor) -> Tensor:
     return rows @ rows.T
 
 
+def entropy_of_squares(mean: Tensor, rows: int | Tensor) -> Tensor:
+    """S₂ of a Gram matrix K from the ``mean`` of K's squared entries: -log mean, in nats.
+
+    K is (rows, rows) with a unit diagonal, so S₂(K) = -log tr[(K/n)²] = -log mean(K²). A mean of 0
+    (every row is zero) gives 2 log(rows).
+    """
+    return -mean.clamp(min=rows**-2).log()
+
+
 @in_float32
 def matrix_entropy(gram: Tensor, alpha: float) -> Tensor:
     """Rényi entropy of order ``alpha`` > 0 of the eigenvalues of a Gram matrix divided by its size.
@@ -59,7 +68,7 @@ def matrix_entropy(gram: Tensor, alpha: float) -> Tensor:
         raise InputError(f"matrix_entropy needs alpha above 0 and finite, not {alpha}")
     n = len(gram)
     if alpha == 2:
-        return -gram.square().mean().clamp(min=1 / n**2).log()
+        return entropy_of_squares(gram.square().mean(), n)
     try:
         spectrum = torch.linalg.eigvalsh(gram / n)
     except torch.linalg.LinAlgError as error:
@@ -87,8 +96,8 @@ def matrix_information(features: Tensor, projections: Tensor, alpha: float = 2.0
         I_α = S_α(K1) + S_α(K2) - S_α(K1 ∘ K2)      (nats, see ``matrix_entropy``)
 
     [arXiv 2503.00507; PKU-ML/Projector_Theory, which takes α = 2]. For α = 2, with a and b the
-    entrywise squares, it is log(mean(a·b) / (mean a · mean b)). It is a surrogate, a computable
-    stand-in for mutual information: it can be negative and does not grow with every dependence.
+    entrywise squares, it is log(mean(a·b) / (mean a · mean b)). It is no Shannon information: it
+    can be negative and does not grow with every dependence.
     Both arguments get a gradient. Rows of zeros are harmless. Memory: a few N × N matrices.
 
     It uses this rank's rows only, as the authors' code does: the mean over two ranks differs from

@@ -20,7 +20,7 @@ from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.core.files import writing
 
-Event = Literal["start", "step", "epoch", "checkpoint", "end", "error"]
+Event = Literal["start", "step", "epoch", "probe", "checkpoint", "end", "error"]
 Part = Literal["data_wait", "step", "pause"]
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 class RunClock:
-    """Splits the wall time into waiting for data, steps, and pauses (checkpoints).
+    """Splits the wall time into waiting for data, steps, and pauses (checkpoints, online scores).
 
     Each ``lap`` gives the time since the last lap to one part, so the parts add up to the whole.
     A GPU works asynchronously, and we wait for it only where something is logged. ``data_wait`` is
@@ -222,7 +222,7 @@ class StepMeter:
         self._clock.lap("step")
         return logged
 
-    def end_epoch(self, step: int, diagnostics: Callable[[], Mapping[str, float]]) -> None:
+    def end_epoch(self, step: int, diagnostics: Callable[[], Mapping[str, Any]]) -> None:
         """Write each metric's mean over the epoch's steps and all ranks, and ``diagnostics()``."""
         means = {n: dist.mean(torch.stack(v).mean()).item() for n, v in self._metrics.items()}
         self._clock.lap("step")

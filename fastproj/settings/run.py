@@ -255,7 +255,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Train:
-    """precision, logging and checkpoints"""
+    """precision, logging, diagnostics and checkpoints"""
 
     precision: str = setting(
         Choice("auto", "float32", "bfloat16", "float16"),
@@ -268,6 +268,10 @@ class Train:
         "auto",
     )
     log_every: int = setting(_count, "steps between logged steps", 10)
+    diagnostics_every: int = setting(Int(0), "epochs between diagnostics; 0: never", 1)
+    online_every: int = setting(
+        Int(0), "epochs between scores of the online probe and of kNN on data.val; 0: never", 0
+    )
     checkpoint_every: int = setting(_count, "epochs between checkpoints", 1)
     keep: int = setting(_count, "newest checkpoints kept", 2)
     stop_after: int | None = setting(

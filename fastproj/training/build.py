@@ -19,7 +19,7 @@ from fastproj.models.encoders import build_encoder
 from fastproj.models.noise import Noise
 from fastproj.models.norm import synchronize
 from fastproj.models.projector import Projector, build_projector
-from fastproj.objective import barlow_twins, build_objective, nt_xent
+from fastproj.objective import barlow_twins, build_objective
 from fastproj.settings import Settings
 from fastproj.training.crops import crop_size
 from fastproj.training.diagnostics import Diagnostics
@@ -74,6 +74,7 @@ def build_trainer(settings: Settings, rank: dist.Rank, device: torch.device) -> 
         accumulate=optim.accumulate,
         crops=partial(build_crops, settings),
         diagnostics=build_diagnostics(settings, learner.projector),
+        diagnostics_every=train.diagnostics_every,
         precision=choose_precision(train.precision, device),
         compile=train.compile == "true" or (train.compile == "auto" and device.type == "cuda"),
         graphs=train.compile == "graphs",
@@ -234,14 +235,15 @@ def build_loader(
 
 
 def build_diagnostics(settings: Settings, projector: Projector) -> Diagnostics:
-    """Diagnostics whose lower bound uses Barlow Twins' loss for Barlow Twins, otherwise NT-Xent.
+    """Diagnostics that apply Barlow Twins' loss to the features of Barlow Twins, else NT-Xent.
 
-    The authors plot the same.
+    The authors plot the same. NT-Xent has the objective's temperature where it names one.
     """
     objective, groups = settings.objective, settings.sparsehead.groups
-    if objective.name == "barlow":
-        loss = partial(barlow_twins, **objective.options)
-    else:
-        named = {n: v for n, v in objective.options.items() if n == "temperature"}
-        loss = partial(nt_xent, **named)
-    return Diagnostics(projector, loss, "rows" if groups == "rows" else "columns")
+    barlow = objective.name == "barlow"
+    return Diagnostics(
+        projector,
+        partial(barlow_twins, **objective.options) if barlow else None,
+        groups="rows" if groups == "rows" else "columns",
+        **{name: x for name, x in objective.options.items() if name == "temperature"},
+    )

@@ -37,7 +37,10 @@ class Trainer:
             after each update, with the weight that ``penalty_weights`` gives ``sparsehead``.
         accumulate: parts that a step is split into, each with its own negatives.
         crops: returns the loader's crops for an epoch (from 0); None: crops do not change.
-        diagnostics: measured once per epoch; None: ``Diagnostics(learner.projector)``.
+        diagnostics: what is measured of features and projections, to be read at an epoch's end by
+            ``diagnostics.report()``; None: ``Diagnostics(learner.projector)``.
+        diagnostics_every: epochs between diagnostics, which cost each step of their epoch; 0:
+            never.
         precision: autocast's dtype; None: chosen for the device.
         compile: compile learner and augmentations in place, so state dict keys do not change.
         graphs: also record CUDA graphs (one GPU).
@@ -67,6 +70,7 @@ class Trainer:
         accumulate: int = 1,
         crops: Callable[[int], Sequence[Crop]] | None = None,
         diagnostics: Diagnostics | None = None,
+        diagnostics_every: int = 1,
         precision: torch.dtype | None = None,
         compile: bool = False,
         graphs: bool = False,
@@ -83,6 +87,7 @@ class Trainer:
         learner.to(memory_format=torch.channels_last)
         self.augmentations = [augmentation.to(self.device) for augmentation in augmentations]
         self.diagnostics = diagnostics or Diagnostics(learner.projector)
+        self.diagnostics_every = diagnostics_every
         self.precision = precision or choose_precision("auto", self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision is torch.float16 and self.device.type == "cuda"
@@ -139,6 +144,8 @@ class Trainer:
         if self.crops is not None:
             self.loader.crops = tuple(self.crops(epoch))
         self.learner.objective.begin_epoch(epoch)
+        if self.loader.cursor[1] == 0:
+            self.diagnostics.clear()
         return iter(self.loader)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -225,14 +232,14 @@ class Trainer:
         objective, progress = self.learner.objective, self.step / self.total_steps
         self.learner.update_teacher(cosine(objective.momentum, objective.momentum_end, progress))
         # torch.cat copies even a single part; the next step overwrites a CUDA graph's own tensors.
-        features, projections = (
-            torch.cat([getattr(part, name) for part in parts], 1)
-            for name in ("features", "projections")
-        )
+        projections = torch.cat([part.projections for part in parts], 1)
         teachers = [part.teacher for part in parts if part.teacher is not None]
         teacher = torch.cat(teachers, 1) if teachers else None
         self.learner.objective.after_update(projections, teacher)
-        self.diagnostics.watch(features, projections[: len(features)])
+        epoch = self.step // len(self.loader)
+        if self.diagnostics_every and (epoch + 1) % self.diagnostics_every == 0:
+            features = torch.cat([part.features for part in parts], 1)
+            self.diagnostics.watch(features, projections[: len(features)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; the learner's parts by their names."""

@@ -388,7 +388,8 @@ def test_compiled_and_graphed_steps_on_a_gpu_equal_eager_ones(
         trainer, batches = on_gpu(beton, objective=name, **{wish: on})
         metrics = [trainer.train_step(batch) for batch in batches * 2]
         losses[on] = torch.stack([m["loss"] for m in metrics]).tolist()
-        assert all(math.isfinite(x) for x in trainer.diagnostics.report().values())
+        report = trainer.diagnostics.report()
+        assert all(math.isfinite(x) for x in report.values() if isinstance(x, float))
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)
     assert counters["inductor"]["cudagraph_skips"] == 0  # or a graph would be none
 
@@ -459,18 +460,43 @@ def test_an_objective_that_needs_labels_refuses_a_set_without(beton: Beton, tmp_
     assert not (tmp_path / "r").exists()
 
 
-def test_the_diagnostics_bound_takes_the_objectives_own_loss(beton: Beton) -> None:
+def test_the_diagnostics_take_the_objectives_own_loss(beton: Beton) -> None:
     one, other = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
-    for changes, wanted in (
-        ({"objective__name": "barlow"}, barlow_twins(one, other, 0.0051, 0.1)),
+    for changes, wanted, contrastive in (
+        ({"objective__name": "barlow"}, barlow_twins(one, other, 0.0051, 0.1), False),
         ({"objective__name": "barlow", "objective__off_diagonal": 0.5, "objective__scale": 2},
-         barlow_twins(one, other, 0.5, 2.0)),
-        ({"objective__temperature": 0.9}, nt_xent(one, other, 0.9)),
-        ({"objective__name": "vicreg"}, nt_xent(one, other, 0.2)),
+         barlow_twins(one, other, 0.5, 2.0), False),
+        ({"objective__temperature": 0.9}, nt_xent(one, other, 0.9), True),
+        ({"objective__name": "vicreg"}, nt_xent(one, other, 0.2), True),
     ):  # fmt: skip
         given = settings(beton.path, **changes)
         kept = build_diagnostics(given, build_learner(given, len(beton.classes)).projector)
         torch.testing.assert_close(kept.loss(one, other), wanted)
+        assert kept.contrastive == contrastive
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (0, [])])
+def test_diagnostics_are_of_every_nth_epochs_own_steps(
+    beton: Beton, every: int, measured: list[int]
+) -> None:
+    trainer = small_trainer(beton, epochs=4, diagnostics_every=every)
+    with mock.patch.object(trainer.diagnostics, "watch", wraps=trainer.diagnostics.watch) as watch:
+        for epoch in range(4):
+            for batch in trainer.epoch():
+                trainer.train_step(batch)
+            assert watch.call_count == (5 if epoch in measured else 0)
+            watch.reset_mock()
+            if epoch != 1:  # nobody asks about the second epoch, and the third is not mixed with it
+                assert bool(trainer.diagnostics.report()) == (epoch in measured)
+            else:
+                kept = len(trainer.diagnostics._steps)
+                assert kept == (5 if epoch in measured else 0)
+
+
+def test_diagnostics_do_not_change_what_is_learned(beton: Beton) -> None:
+    with_them, without = (six_steps(beton.path, {"diagnostics_every": every}) for every in (1, 0))
+    for name, value in with_them.items():
+        assert torch.equal(value, without[name]), name
 
 
 # Median shorter side of the images, crop size, stem: what the notice proposes, if anything.
