@@ -2,7 +2,8 @@
 
 Beton -> crops on the device -> views -> encoder -> projector -> objective, with a linear probe on
 the detached features beside it. On several GPUs: ``torchrun --nproc-per-node 8 -m fastproj.train``.
-``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says.
+``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says. With
+``train.online_every``, the probe and kNN are scored on ``data.val`` while the run is under way.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -24,6 +25,8 @@ from fastproj.core.errors import InputError
 from fastproj.core.files import write_text
 from fastproj.core.interruption import Interruption
 from fastproj.core.machine import keep_freed_memory
+from fastproj.evaluation.online import OnlineAccuracy
+from fastproj.evaluation.protocol import open_sets
 from fastproj.runs import checkpoint
 from fastproj.runs.environment import write_environment
 from fastproj.runs.folder import RunFolder
@@ -57,6 +60,7 @@ def train(settings: Settings) -> Path:
         found = _find_checkpoint(run, resume=settings.run.resume is not None)
         dist.barrier()  # rank 0 must not start the folder before the others have looked
         trainer = build_trainer(settings, rank, device)
+        online = _online(settings)
         if found:
             _load(trainer, found, settings)
         elif dist.is_main():
@@ -70,7 +74,7 @@ def train(settings: Settings) -> Path:
             Interruption() as interruption,
             Journal(run.metrics, dist.is_main(), trainer.total_steps, trainer.step) as journal,
         ):
-            _loop(trainer, journal, run.checkpoints, interruption, settings)
+            _loop(trainer, online, journal, run.checkpoints, interruption, settings)
     finally:
         dist.stop()
     if interruption.signal:
@@ -142,8 +146,32 @@ def _announce(run: RunFolder, trainer: Trainer, settings: Settings) -> None:
         print(f"note: {beton.path}: {advice}", file=sys.stderr, flush=True)
 
 
+def _online(settings: Settings) -> OnlineAccuracy | None:
+    """What the run is scored on while it is under way; None where ``online_every`` is 0."""
+    data, how = settings.data, settings.eval
+    if not settings.train.online_every:
+        return None
+    if data.val is None:
+        raise InputError(
+            "data.val is missing: train.online_every scores the run on it; give --data.val FILE, "
+            "or --train.online_every 0"
+        )
+    train, val = open_sets(data.train, data.val)
+    return OnlineAccuracy(
+        train,
+        val,
+        size=how.size or settings.views.size,
+        crop_fraction=how.crop_fraction,
+        batch_size=how.batch_size,
+        k=how.knn_k,
+        temperature=how.knn_temperature,
+        loader={name: getattr(data, name) for name in ("engine", "workers", "memory_share")},
+    )
+
+
 def _loop(
     trainer: Trainer,
+    online: OnlineAccuracy | None,
     journal: Journal,
     checkpoints: Path,
     interruption: Interruption,
@@ -173,6 +201,12 @@ def _loop(
                 break
         done = trainer.loader.cursor == (epoch + 1, 0)
         meter.end_epoch(trainer.step, trainer.diagnostics.report)
+        if online and done and (epoch + 1) % how.online_every == 0 and dist.is_main():
+            # Other ranks wait for rank 0 in the next step, at most dist.start's timeout.
+            learner = trainer.learner
+            scores = online.score(learner.encoder, learner.probe)
+            journal.event("probe", step=trainer.step, epoch=epoch, **scores)
+            meter.pause()
         if not done or (epoch + 1) % how.checkpoint_every == 0 or trainer.step == last:
             save()
         if not done:

@@ -17,7 +17,7 @@ from fastproj.evaluation.features import Features, features, pixels
 from fastproj.evaluation.pretrained import Pretrained
 from fastproj.evaluation.probes import ProbeResult
 from fastproj.evaluation.results import Row
-from fastproj.loaders import Center, open_loader
+from fastproj.loaders import Center, Loader, open_loader
 
 PIXELS = 32  # largest side of the raw-pixel baseline: 224 would be 150,528 features per image
 
@@ -92,8 +92,8 @@ class Protocol:
                 metrics=result.metrics,
                 protocol={
                     "data": {
-                        "train": _describe(self.train),
-                        "val": _describe(self.val),
+                        "train": describe(self.train),
+                        "val": describe(self.val),
                         "classes": len(self.train.classes),
                     },
                     "features": about | {"width": train.features.shape[1]},
@@ -107,14 +107,8 @@ class Protocol:
     def _features(
         self, beton: Beton, encoder: nn.Module | None, size: int, pretrained: Pretrained
     ) -> Features:
-        loader = open_loader(
-            beton,
-            [Center(size, self.crop_fraction)],
-            min(self.batch_size, len(beton)),
-            device=self.device,
-            shuffle=False,
-            drop_last=False,
-            **self.loader,
+        loader = center_loader(
+            beton, size, self.crop_fraction, self.batch_size, self.device, self.loader
         )
         with closing(loader):
             if encoder is None:
@@ -124,5 +118,25 @@ class Protocol:
             )
 
 
-def _describe(beton: Beton) -> dict[str, Any]:
+def center_loader(
+    beton: Beton,
+    size: int,
+    crop_fraction: float,
+    batch_size: int,
+    device: torch.device,
+    more: Mapping[str, Any],
+) -> Loader:
+    """Each image of ``beton`` once, in order, as its center crop; ``more``: of ``open_loader``."""
+    return open_loader(
+        beton,
+        [Center(size, crop_fraction)],
+        min(batch_size, len(beton)),
+        device=device,
+        shuffle=False,
+        drop_last=False,
+        **more,
+    )
+
+
+def describe(beton: Beton) -> dict[str, Any]:
     return {"file": str(beton.path), "content": beton.manifest.content, "images": len(beton)}
