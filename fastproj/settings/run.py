@@ -259,7 +259,7 @@ class Train:
 
     precision: str = setting(
         Choice("auto", "float32", "bfloat16", "float16"),
-        "auto: bfloat16 where the processor or GPU computes in it, else float32",
+        "auto: bfloat16 where it is faster on this processor or GPU, else float32",
         "auto",
     )
     compile: str = setting(
