@@ -45,8 +45,8 @@ def fast_in_bfloat16(cpuinfo: Path) -> bool:
 
     A step of the small ResNet in bfloat16 had 1.9 times float32's images/s on an Intel Xeon with
     AMX (one core) and 1.8 times on an AMD EPYC with AVX-512 BF16 (2 cores), but 0.77 times on an
-    Intel Xeon with AVX-512 BF16 alone (2 cores, n = 8; ResNet-18: 0.67 times, n = 4). Where bfloat16
-    is emulated, convolutions take 3 to 5 times as long.
+    Intel Xeon with AVX-512 BF16 alone (2 cores, n = 8; ResNet-18: 0.67 times, n = 4). Where
+    bfloat16 is emulated, convolutions take 3 to 5 times as long.
 
     Read from the vendor and the flags that Linux lists in ``cpuinfo``; False where there is no such
     file.
