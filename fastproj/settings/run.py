@@ -119,7 +119,7 @@ class Model:
     stem: str = setting(Choice("cifar", "imagenet"), "first layers: small images or large", "cifar")
     sync_bn: bool = setting(Bool(), "batch statistics over all ranks", False)
     bn_per_view: bool = setting(
-        Bool(), "batch statistics of each view on its own, as most published code; slower", False
+        Bool(), "batch statistics of each view on its own, as in most published code", False
     )
 
 

@@ -66,8 +66,8 @@ class Learner(nn.Module):
     ``bn_per_view``: encoder, projector, predictor and teacher are called once per view (small crops
     too), so batch norm normalizes each view by its own statistics and updates its running ones once
     per view, as in Projector_Theory, solo-learn and lightly. Otherwise all views of one crop size
-    go through the encoder together, and all views through the rest, which is faster; SwAV's code
-    does the same. The two are different methods: their losses and gradients differ.
+    go through the encoder together, and all views through the rest, in fewer calls, as in SwAV's
+    code. The two are different methods: their losses and gradients differ.
 
     Raises ``InputError`` for an encoder without ``num_features``.
     """
