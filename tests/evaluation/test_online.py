@@ -33,10 +33,12 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Beton, Beton]:
-    """70 training and 53 validation images of 12 pixels."""
+    """70 training and 53 validation images of 12 pixels; a third of val is labeled at random."""
     folder = tmp_path_factory.mktemp("data")
     train = digit_like(np.random.default_rng(0), 70, 12, CLASSES)
-    val = replace(digit_like(np.random.default_rng(1), 53, 12, CLASSES), split="val")
+    rng = np.random.default_rng(1)
+    val = replace(digit_like(rng, 53, 12, CLASSES), split="val")
+    val.labels[::3] = rng.integers(0, CLASSES, len(val.labels[::3]))
     return write(train, folder, Store("raw")), write(val, folder, Store("raw"))
 
 
@@ -54,7 +56,7 @@ def probes(run: Path) -> list[dict]:
     return [e for e in journal.read(run / "metrics.jsonl") if e["event"] == "probe"]
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
+def assert_same_weights(a: Path, b: Path, steps: int = 16) -> None:
     """Everything that a checkpoint holds of what is learned, and every step's loss."""
     ours, theirs = (checkpoint.load(checkpoint.latest(r / "checkpoints")) for r in (a, b))
     for part in ("encoder", "projector", "objective", "probe"):
@@ -63,7 +65,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
             assert torch.equal(value, theirs[part][name]), f"{part}.{name}"
     first, second = ([e["loss"] for e in journal.read(r / "metrics.jsonl") if e["event"] == "step"]
                      for r in (a, b))  # fmt: skip
-    assert first == second and len(first) == 16
+    assert first == second and len(first) == steps
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,7 @@ def test_the_scores_are_those_of_loops_and_scikit_learn(sets: tuple[Beton, Beton
     assert 0 < hits[1] < hits[5] < len(sets[1])
     assert found["online_top1"] == pytest.approx(hits[1] / len(sets[1]))
     assert found["online_top5"] == pytest.approx(hits[5] / len(sets[1]))
+    assert 0.1 < found["online_knn_top1"] < 0.9
     oracle = KNeighborsClassifier(
         5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.1)
     ).fit(rows[0], sets[0].label)
@@ -175,11 +178,11 @@ def online_on_a_rank(argv: list[str]) -> torch.Tensor:
 @pytest.mark.slow
 def test_rank_0_scores_while_the_other_waits(sets: tuple[Beton, Beton], tmp_path: Path) -> None:
     for name, every in (("a", 1), ("b", 0)):
-        argv = options(sets, tmp_path / name, train__online_every=every, model__sync_bn="true")
-        on_ranks(2, partial(online_on_a_rank, argv), tmp_path)
+        argv = options(sets, tmp_path / name, train__online_every=every, optim__epochs=2)
+        on_ranks(2, partial(online_on_a_rank, argv), tmp_path, seconds=300)
     scored, plain = tmp_path / "a/r", tmp_path / "b/r"
-    assert_same_weights(scored, plain)
-    assert [e["epoch"] for e in probes(scored)] == [0, 1, 2, 3]
+    assert_same_weights(scored, plain, steps=8)
+    assert [e["epoch"] for e in probes(scored)] == [0, 1]
     assert all(math.isfinite(e["online_top1"]) for e in probes(scored))
 
 
