@@ -171,8 +171,7 @@ class Diagnostics:
 
         Values stay on the device and the host waits for none of them. Of the rows it keeps detached
         references: the whole last step and as many earlier ones as fit into ``ROWS`` rows over all
-        ranks. Every rank must give the same shapes. (Cost on 2 cores, small ResNet, batch 256: see
-        ``docs/reproducibility.md``.)
+        ranks. Every rank must give the same shapes.
         """
         features, projections = features.detach(), projections.detach()
         means = squared_cosines(features.flatten(0, 1), projections.flatten(0, 1))
