@@ -8,9 +8,13 @@ from .data.beton import Beton as Beton
 from .data.beton import open_beton as open_beton
 from .evaluation.features import Features as Features
 from .evaluation.features import features as features
-from .evaluation.probes import ProbeResult as ProbeResult
-from .evaluation.probes import knn as knn
-from .evaluation.probes import linear_probe as linear_probe
+from .evaluation.probes.common import ProbeResult as ProbeResult
+from .evaluation.probes.least_squares import ridge as ridge
+from .evaluation.probes.neighbors import knn as knn
+from .evaluation.probes.perceptron import mlp as mlp
+from .evaluation.probes.regression import logistic as logistic
+from .evaluation.probes.sgd import linear_probe as linear_probe
+from .evaluation.probes.shots import few_shot as few_shot
 from .loaders.base import Batch as Batch
 from .loaders.base import Loader as Loader
 from .loaders.boxes import Center as Center

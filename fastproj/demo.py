@@ -64,7 +64,7 @@ def table(run: RunFolder, seconds: dict[str, float]) -> str:
     lines = [f"{'features':<22}{'linear top-1':>14}{'kNN top-1':>12}"]
     for encoder, text in {"pixels": "raw pixels", "random": "random encoder",
                           "pre-trained": "pre-trained encoder"}.items():  # fmt: skip
-        lines.append(f"{text:<22}{top1[encoder, 'sgd']:>13.2%} {top1[encoder, 'knn']:>11.2%}")
+        lines.append(f"{text:<22}{top1[encoder, 'logistic']:>13.2%} {top1[encoder, 'knn']:>11.2%}")
     lines.append(f"pre-training: {end['images_per_second']:,.0f} images/s")
     lines.append("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()))
     return "\n".join(lines)

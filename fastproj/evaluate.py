@@ -1,6 +1,6 @@
 """Command: what a pre-trained encoder is worth. ``python -m fastproj.evaluate runs/NAME``
 
-Checkpoint -> frozen features of train and val, once -> linear probe and kNN -> one table, and
+Checkpoint -> frozen features of train and val, once -> ``eval.probes`` -> one table, and
 ``eval.json`` in the run folder. ``--eval.baselines true`` probes raw pixels and the encoder as it
 was before pre-training in the same way.
 """
@@ -11,9 +11,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     run_as_script("evaluate")
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from fastproj.core.device import choose_device
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256
 from fastproj.core.machine import keep_freed_memory
+from fastproj.core.table import hyperparameters
+from fastproj.evaluation import PROBES
 from fastproj.evaluation.pretrained import load_pretrained
 from fastproj.evaluation.protocol import Protocol, open_sets
 from fastproj.evaluation.results import Evaluation, table, write_evaluation
@@ -106,17 +109,19 @@ def _protocol(settings: Settings) -> Protocol:
         device=device,
         loader={name: getattr(data, name) for name in ("engine", "workers", "memory_share")},
         probes={
-            "sgd": {
-                "learning_rates": how.learning_rates,
-                "weight_decays": how.weight_decays,
-                "epochs": how.epochs,
-                "batch_size": how.probe_batch,
-                "holdout": how.holdout,
-                "seed": settings.run.seed,
-            },
-            "knn": {"k": how.knn_k, "temperature": how.knn_temperature},
+            name: _arguments(name, how.options, settings.run.seed) for name in how.probes
         },
     )
+
+
+def _arguments(probe: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The arguments of a probe: its part of ``eval``'s options, and the run's seed if it takes one.
+
+    The device is that of the features.
+    """
+    named = hyperparameters(PROBES[probe])
+    own = {name: options[f"{probe}_{name}"] for name in named if f"{probe}_{name}" in options}
+    return own | ({"seed": seed} if "seed" in named else {})
 
 
 def main(argv: Sequence[str]) -> None:

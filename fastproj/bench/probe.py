@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastproj.bench import Engine, Plan, Row, compare, limits
-from fastproj.evaluation.probes import fit
+from fastproj.evaluation.probes.sgd import fit
 
 RATES, DECAYS = (0.01, 0.03, 0.1, 0.3), (1e-4, 1e-3, 1e-2, 1e-1)
 BATCH = 256

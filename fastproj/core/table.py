@@ -56,10 +56,6 @@ class Table(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def readers(self, option: str) -> list[str]:
-        """The entries that name the hyperparameter ``option``; imports every entry."""
-        return [name for name, entry in self.items() if option in hyperparameters(entry)]
-
 
 def resolve(address: str) -> Any:
     """The object at ``"package.module:attribute"``, imported now."""

@@ -15,7 +15,7 @@ from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.features import Features, features, pixels
 from fastproj.evaluation.pretrained import Pretrained
-from fastproj.evaluation.probes import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.evaluation.results import Row
 from fastproj.loaders import Center, Loader, open_loader
 

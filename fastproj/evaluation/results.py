@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,33 +94,41 @@ def read_evaluation(run: RunFolder) -> Evaluation:
         ) from None
 
 
+SHORT = {"learning_rate": "lr", "weight_decay": "decay", "strength": "strength"}  # in the table
+
+
 def table(evaluation: Evaluation) -> str:
-    """One line per row, accuracies in per cent, and what should be known about a probe's choice."""
+    """One line per row, accuracies in per cent, and below them what should be known about each."""
     lines = [
-        f"{'encoder':<12} {'data':<12} {'probe':<6} {'top-1':>7} {'top-5':>7} {'width':>6} "
-        f"{'features':>10} {'probe':>8}  chosen"
+        f"{'encoder':<11} {'data':<10} {'probe':<8} {'top-1':>7} {'top-5':>7} {'width':>6} "
+        f"{'features':>9} {'probe':>8}  chosen"
     ]
     notes = []
     for row in evaluation.rows:
         scores = " ".join(f"{row.metrics[name]:>7.2%}" for name in ("top1", "top5"))
         chosen = row.protocol["probe"].get("chosen", {})
-        picked = "".join(
-            f"{name.replace('_', ' ')} {chosen[name]:g}  "
-            for name in ("learning_rate", "weight_decay") if name in chosen
-        )  # fmt: skip
+        picked = ", ".join(f"{text} {chosen[name]:g}" for name, text in SHORT.items()
+                           if name in chosen)  # fmt: skip
         lines.append(
-            f"{row.encoder:<12} {row.data:<12} {row.probe:<6} {scores} "
-            f"{row.protocol['features']['width']:>6} {row.seconds['features']:>8.2f} s "
+            f"{row.encoder:<11} {row.data:<10} {row.probe:<8} {scores} "
+            f"{row.protocol['features']['width']:>6} {row.seconds['features']:>7.2f} s "
             f"{row.seconds['probe']:>6.2f} s  {picked}".rstrip()
         )
-        if edge := chosen.get("edge"):
-            names = " and ".join(edge)
-            notes.append(
-                f"{row.encoder}, {row.probe}: {names} chosen at the end of the list: make it longer"
-            )
-        if alone := chosen.get("classes_not_held_out"):
-            notes.append(
-                f"{row.encoder}, {row.probe}: {alone} classes have one training image each and did "
-                "not take part in the choice"
-            )
+        notes += [f"{row.encoder}, {row.probe}: {note}" for note in _notes(row)]
     return "\n".join([*lines, *notes])
+
+
+def _notes(row: Row) -> Iterator[str]:
+    probe = row.protocol["probe"]
+    chosen = probe.get("chosen", {})
+    more = {name: value for name, value in row.metrics.items() if name.startswith("top1_")}
+    if more:
+        yield "also " + ", ".join(f"{name} {value:.2%}" for name, value in more.items())
+    if edge := chosen.get("edge"):
+        yield f"{' and '.join(edge)} chosen at the end of the list: make it longer"
+    if chosen.get("tie"):
+        yield "all entries tie on the held-out images: the choice says nothing"
+    if alone := chosen.get("classes_not_held_out"):
+        yield f"{alone} classes have one training image each and did not take part in the choice"
+    if probe.get("suboptimality", 0) > probe.get("tolerance", math.inf):
+        yield f"solved only to {probe['suboptimality']:.0e} of the objective"

@@ -85,19 +85,32 @@ class Int(Float):
         return "a whole number" + self._range()
 
 
+def _texts(value: str | list[str] | None) -> list[str]:
+    """The texts of a list, which the command line separates by commas; at least one."""
+    if isinstance(value, str):
+        value = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",")
+    if not value:
+        raise ValueError
+    return value
+
+
 @dataclass(frozen=True)
 class Floats(Float):
     """A tuple of numbers; on the command line ``0.1,0.3``. One number is a list of one."""
 
     def check(self, value: str | list[str] | None) -> tuple[float, ...]:
-        if isinstance(value, str):
-            value = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",")
-        if not value:
-            raise ValueError
-        return tuple(self.parse(text) for text in value)
+        return tuple(self.parse(text) for text in _texts(value))
 
     def help(self) -> str:
         return "numbers" + self._range()
+
+
+@dataclass(frozen=True)
+class Ints(Floats, Int):
+    """A tuple of whole numbers, written as ``Floats``."""
+
+    def help(self) -> str:
+        return "whole numbers" + self._range()
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,19 @@ class Key(Choice):
 
     def parse(self, text: str) -> str:
         return text if text in self.choices else super().parse(text)
+
+
+class Keys(Key):
+    """One or more different names in a room's table: a tuple of them; ``logistic,knn``."""
+
+    def check(self, value: str | list[str] | None) -> tuple[str, ...]:
+        texts = _texts(value)
+        if len(set(texts)) < len(texts):
+            raise ValueError
+        return tuple(str(self.parse(text.strip())) for text in texts)
+
+    def help(self) -> str:
+        return "one or more of " + super().help()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastproj.core.errors import SettingError
-from fastproj.core.table import hyperparameters, nearest
-from fastproj.settings.checkers import Choice, OrNull, Value
+from fastproj.core.table import nearest
+from fastproj.settings.checkers import Choice, Keys, OrNull, Value
 from fastproj.settings.schema import Declared, Needs, Schema, undeclared
 
 
@@ -46,9 +46,8 @@ def choose(schema: Schema, given: Sequence[Given]) -> Chosen:
 
     named: dict[str, dict[str, Declared]] = {}  # section -> what its chosen entry names
     for section, choice in schema.choices.items():
-        entry = schema.table(section)[str(values[choice])]
         named[section] = {}
-        for short, parameter in hyperparameters(entry).items():
+        for short, parameter in schema.named(section, values[choice]).items():
             name = f"{section}.{short}"
             own = schema.params.get(name) or undeclared(name, parameter)
             named[section][short] = own
@@ -102,9 +101,11 @@ def _why(schema: Schema, values: Mapping[str, Value], name: str) -> str:
     param = schema.params.get(name)
     if param and param.needs and not param.needs.holds(*(values[n] for n in param.needs.of)):
         return f"only where {param.needs.words}"
-    readers = " and ".join(schema.table(section).readers(short))
+    readers = " and ".join(schema.readers(section, short))
     also = f", and where {param.also.words}" if param and param.also else ""
-    return f"by {readers}{also}, not by {values[schema.choices[section]]}"
+    chosen = values[schema.choices[section]]
+    names = " or ".join(map(str, chosen)) if isinstance(chosen, tuple) else chosen
+    return f"by {readers}{also}, not by {names}"
 
 
 def check(param: Declared, given: Given) -> Value:
@@ -116,7 +117,10 @@ def check(param: Declared, given: Given) -> Value:
         checker = param.checker.inner if isinstance(param.checker, OrNull) else param.checker
         hint = ""
         if isinstance(checker, Choice) and isinstance(given.text, str):
-            hint = f"; did you mean {nearest(given.text, checker.choices)!r}?"
+            wrong = given.text
+            if isinstance(checker, Keys):
+                wrong = next((t for t in wrong.split(",") if t not in checker.choices), wrong)
+            hint = f"; did you mean {nearest(wrong, checker.choices)!r}?"
         raise SettingError(
             f"{given.where}: {given.name} must be {param.checker.help()}, not {shown}{hint}"
         ) from None

@@ -9,7 +9,9 @@ from fastproj.settings.checkers import (
     Float,
     Floats,
     Int,
+    Ints,
     Key,
+    Keys,
     OrNull,
     Schedule,
     Text,
@@ -22,11 +24,22 @@ _share = Float(low=0, high=1)
 _positive = Float(above=0)
 _not_negative = Float(low=0)
 _count = Int(low=1)
+_above_zero = Floats(above=0)
+_part = Float(above=0, high=0.9)
 _chances = OrNull(Floats(low=0, high=1))
 _strengths = OrNull(Floats(low=0))
 _schedule = Schedule(low=0)  # of a penalty's weight
 _signed_schedule = Schedule()
 _area = Float(above=0, high=1)
+
+_path = "L2 strengths, the best on the holdout is taken; one: fixed, no holdout"
+_held = "share of train that chooses"
+
+
+def _decades(first: int) -> Numbers:
+    """Sixteen strengths from 10**first, three per decade."""
+    return tuple(float(f"{10 ** (n / 3 + first):.4g}") for n in range(16))
+
 
 _auto_engine = Needs("data.engine is auto", ("data.engine",), lambda engine: engine == "auto")
 _local = Needs("views.local_crops is above 0", ("views.local_crops",), bool)
@@ -288,19 +301,36 @@ class Eval:
     crop_fraction: float = setting(_area, "center crop, fraction of the shorter side", 1.0)
     baselines: bool = setting(Bool(), "probe raw pixels and a random encoder as well", False)
     batch_size: int = setting(_count, "images in one forward pass", 512)
-    learning_rates: Numbers = setting(
-        Floats(above=0), "grid of the linear probe", (0.01, 0.03, 0.1, 0.3)
+    probes: tuple[str, ...] = setting(
+        Keys("fastproj.evaluation:PROBES"), "what scores the features", ("logistic", "knn")
     )
-    weight_decays: Numbers = setting(
-        Floats(low=0), "grid of the linear probe", (1e-4, 1e-3, 1e-2, 1e-1)
+    options: Options = options(
+        "probes",
+        given=("num_classes", "seed", "device"),
+        logistic_strengths=Declared(_above_zero, _path, _decades(-5)),
+        logistic_holdout=Declared(_part, _held, 0.1),
+        knn_k=Declared(Ints(low=1), "neighbors that vote; the first is the score", (20,)),
+        knn_temperature=Declared(
+            _above_zero, "a vote weighs exp(cosine / this); the first is the score", (0.07,)
+        ),
+        sgd_learning_rates=Declared(_above_zero, "grid", (0.01, 0.03, 0.1, 0.3)),
+        sgd_weight_decays=Declared(Floats(low=0), "grid", (1e-4, 1e-3, 1e-2, 1e-1)),
+        sgd_epochs=Declared(_count, "passes over the features", 100),
+        sgd_batch_size=Declared(_count, "samples per step", 256),
+        sgd_holdout=Declared(_part, _held, 0.1),
+        ridge_strengths=Declared(_above_zero, _path, _decades(-4)),
+        ridge_holdout=Declared(_part, _held, 0.1),
+        mlp_hidden=Declared(_count, "hidden units", 512),
+        mlp_learning_rate=Declared(_positive, "of AdamW", 1e-3),
+        mlp_weight_decay=Declared(_not_negative, "of AdamW", 0.05),
+        mlp_epochs=Declared(_count, "passes over the features", 30),
+        mlp_batch_size=Declared(_count, "samples per step", 256),
+        few_shot_labels=Declared(
+            _above_zero, "of each class: a fraction below 1, or images", (0.01, 0.1)
+        ),
+        few_shot_draws=Declared(_count, "draws that a score averages", 5),
+        few_shot_strength=Declared(_positive, "L2 strength, fixed", 0.01),
     )
-    epochs: int = setting(_count, "passes of the linear probe over the features", 100)
-    probe_batch: int = setting(_count, "samples per step of the linear probe", 256)
-    holdout: float = setting(
-        Float(above=0, high=0.9), "share of train that picks from the grid", 0.1
-    )
-    knn_k: int = setting(_count, "neighbors that vote", 20)
-    knn_temperature: float = setting(_positive, "weight of a vote: exp(cosine / this)", 0.07)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fastargs import Config, Param, Section
 from fastargs.validation import Checker
 
 from fastproj.core.errors import InputError
-from fastproj.core.table import Table
+from fastproj.core.table import Table, hyperparameters
 from fastproj.settings.checkers import Bool, Float, Floats, Int, Key, OrNull, Text, Value
 
 Options = Mapping[str, Any]
@@ -53,13 +53,17 @@ def setting(checker: Checker, desc: str, default: Value = None, **rest: Any) -> 
     return field(default=default, metadata={"param": Declared(checker, desc, default, **rest)})
 
 
-def options(choice: str, **declared: Declared) -> Any:
+def options(choice: str, /, given: tuple[str, ...] = (), **declared: Declared) -> Any:
     """The field with the hyperparameters of the entry that the field ``choice`` names.
 
     ``declared``: help, unit and bounds of the built-in entries' ones, so that ``--help`` imports
-    none. One that only a plugin's entry names needs no declaration: see ``undeclared``.
+    none. One that only a plugin's entry names needs no declaration: see ``undeclared``. ``given``:
+    parameters that the command gives, which are no settings.
+
+    Where ``choice`` names several entries, the option ``k`` of the entry ``knn`` is ``knn_k``.
     """
-    return field(default_factory=dict, metadata={"choice": choice, "declared": declared})
+    metadata = {"choice": choice, "declared": declared, "given": given}
+    return field(default_factory=dict, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Schema(Config, Generic[S]):
         self.params: dict[str, Declared] = {}
         self.groups: dict[str, type] = {}
         self.choices: dict[str, str] = {}  # section -> the setting that names its entry
+        self.given: dict[str, tuple[str, ...]] = {}  # section -> parameters that are no settings
         common = {item.name for item in fields(Loaded)}
         for group in fields(kind):
             if group.name not in common:
@@ -127,6 +132,7 @@ class Schema(Config, Generic[S]):
         for item in fields(kind):
             if "choice" in item.metadata:
                 self.choices[name] = f"{name}.{item.metadata['choice']}"
+                self.given[name] = item.metadata["given"]
                 declared |= item.metadata["declared"]
             else:
                 declared[item.name] = item.metadata["param"]
@@ -138,6 +144,25 @@ class Schema(Config, Generic[S]):
         checker = self.params[self.choices[section]].checker
         assert isinstance(checker, Key)
         return checker.table
+
+    def named(self, section: str, chosen: Value) -> dict[str, inspect.Parameter]:
+        """The options that the chosen entry, or each of several, names: name -> parameter."""
+        several = isinstance(chosen, tuple)
+        return {
+            f"{entry}_{name}" if several else name: parameter
+            for entry in (chosen if isinstance(chosen, tuple) else [chosen])
+            for name, parameter in hyperparameters(self.table(section)[str(entry)]).items()
+            if name not in self.given[section]
+        }
+
+    def readers(self, section: str, short: str) -> list[str]:
+        """The entries that name the option ``short``; imports every entry."""
+        several = isinstance(self.params[self.choices[section]].default, tuple)
+        return [
+            entry
+            for entry in self.table(section)
+            if short in self.named(section, (entry,) if several else entry)
+        ]
 
     def is_option(self, name: str) -> bool:
         """Whether ``section.name`` is a hyperparameter of an entry, declared or not."""

@@ -37,7 +37,7 @@ from fastproj.bench.images import are_jpegs, as_files, describe, several_times
 from fastproj.bench.picture import draw
 from fastproj.core.errors import InputError, run_command
 from fastproj.data.beton import Beton
-from fastproj.evaluation.probes import fit
+from fastproj.evaluation.probes.sgd import fit
 from fastproj.prepare.encode import Store
 from tests.support.betons import digit_like, photographs, write
 

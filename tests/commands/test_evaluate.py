@@ -15,7 +15,8 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.data.beton import open_beton
 from fastproj.evaluate import evaluate, main
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import knn, linear_probe
+from fastproj.evaluation.probes.neighbors import knn
+from fastproj.evaluation.probes.regression import logistic
 from fastproj.evaluation.results import Row, read_evaluation, table, write_evaluation
 from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import Source, open_sources
@@ -39,8 +40,8 @@ def trained(tmp_path_factory) -> Path:
     argv = f"""--run.dir {root} --run.name run --run.device cpu --data.train {root}/train.beton
         --data.val {root}/val.beton --views.size 8 --model.encoder resnet_small
         --projector.hidden 32 --projector.out 16 --optim.batch_size 50 --optim.epochs 1
-        --optim.warmup_epochs 0 --train.keep 9 --eval.epochs 20 --eval.probe_batch 64
-        --eval.learning_rates 0.03,0.1,0.3 --eval.weight_decays 1e-3,1e-2 --eval.knn_k 5"""
+        --optim.warmup_epochs 0 --train.keep 9 --eval.logistic_strengths 1e-3,1e-2
+        --eval.knn_k 5"""
     train(load(RUN, argv.split(), "test", ""))
     return root
 
@@ -70,7 +71,7 @@ def test_the_file_holds_a_header_and_one_row_per_encoder_and_probe(root):
     assert [(row["encoder"], row["data"], row["probe"]) for row in found["rows"]] == [
         (encoder, "test", probe)
         for encoder in ("pixels", "random", "pre-trained")
-        for probe in ("sgd", "knn")
+        for probe in ("logistic", "knn")
     ]
     newest = run.checkpoints / "step-00000004.pt"
     digest = hashlib.sha256(newest.read_bytes()).hexdigest()
@@ -81,10 +82,10 @@ def test_the_file_holds_a_header_and_one_row_per_encoder_and_probe(root):
         assert [data[split]["images"] for split in ("train", "val")] == [200, 100]
         assert features["crop"] == {"kind": "center", "size": 8, "crop_fraction": 1.0}
         assert all(seconds > 0 for seconds in row["seconds"].values())
-        if row["probe"] == "sgd":
-            assert probe["learning_rates"] == [0.03, 0.1, 0.3] and probe["epochs"] == 20
+        if row["probe"] == "logistic":
+            assert probe["strengths"] == [1e-3, 1e-2] and probe["seed"] == 0
         else:
-            assert probe["k"] == 5
+            assert probe["k"] == [5]
         assert f"{row['metrics']['top1']:.2%}" in table(evaluation)
     assert asdict(read_evaluation(run)) == json.loads(
         json.dumps(asdict(evaluation)), object_hook=_with_tuple_of_rows
@@ -113,14 +114,11 @@ def test_raw_pixels_equal_the_probes_on_the_stored_bytes(root, trained):
         x = np.stack([beton.stored(i) for i in range(len(beton))]).astype(np.float32) / 255
         plain.append(Features(torch.from_numpy(x), torch.from_numpy(beton.label)))
     how = opened(root)[1].eval
-    linear = linear_probe(
-        *plain, 10, learning_rates=how.learning_rates, weight_decays=how.weight_decays,
-        epochs=how.epochs, batch_size=how.probe_batch, holdout=how.holdout, seed=0,
-    )  # fmt: skip
-    sgd, nearest, *_ = rows(root, *BASELINES)
-    assert sgd.protocol["features"]["width"] == 192
-    assert sgd.metrics["top1"] == pytest.approx(linear.metrics["top1"], abs=0.011)  # one image
-    assert nearest.metrics == knn(*plain, 10, how.knn_k, how.knn_temperature).metrics
+    linear = logistic(*plain, 10, strengths=how.options["logistic_strengths"], seed=0)
+    solved, nearest, *_ = rows(root, *BASELINES)
+    assert solved.protocol["features"]["width"] == 192
+    assert solved.metrics["top1"] == pytest.approx(linear.metrics["top1"], abs=0.011)  # one image
+    assert nearest.metrics == knn(*plain, 10, k=how.options["knn_k"]).metrics
 
 
 def test_the_random_encoder_is_the_one_pre_training_started_from(root):
@@ -140,7 +138,7 @@ def test_the_command_prints_the_table(root, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:5] == ["encoder", "data", "probe", "top-1", "top-5"]
     assert [line.split()[:3] for line in out[1:3]] == [
-        ["pre-trained", "test", "sgd"], ["pre-trained", "test", "knn"],
+        ["pre-trained", "test", "logistic"], ["pre-trained", "test", "knn"],
     ]  # fmt: skip
     assert out[-1] == f"written: {root / 'moved/eval.json'}"
 
@@ -153,9 +151,10 @@ def test_a_table_that_cannot_be_kept_is_printed_first(root, capsys):
 
 
 def test_a_choice_at_the_end_of_its_list_is_printed(root):
-    options = ("--eval.learning_rates", "1e-6,2e-6", "--eval.epochs", "1")
+    options = ("--eval.probes", "sgd", "--eval.sgd_learning_rates", "1e-7,0.3",
+               "--eval.sgd_epochs", "1", "--eval.sgd_weight_decays", "0")  # fmt: skip
     evaluation, _ = evaluate(*opened(root, *options))
-    assert "pre-trained, sgd: learning rate" in table(evaluation).splitlines()[3]
+    assert "pre-trained, sgd: learning rate" in table(evaluation).splitlines()[2]
 
 
 def test_an_export_is_evaluated_as_its_checkpoint_is(root):
@@ -226,6 +225,7 @@ def test_one_image_per_class(root, tmp_path):
         (("--eval.checkpoint", "nothing.pt"), "nothing.pt"),
         (("--eval.checkpoint", "nothing.safetensors"), "no export nothing.safetensors"),
         (("--eval.knn_k", "201"), "k = 201"),
+        (("--eval.few_shot_labels", "500", "--eval.probes", "few_shot"), "few_shot takes 500"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(root, options, words):
@@ -261,8 +261,8 @@ def _fails(root: Path, words: str, *options: str) -> None:
         (["RUN", "RUN"], "give one run folder, not RUN RUN"),
         (["--eval.baselines", "RUN"], "give one run folder, not none"),
         (["RUN", "--cfg", "rcfg/cifar10.yaml"], "takes no --cfg"),
-        (["RUN", "--eval.epohcs", "3"], "did you mean --eval.epochs"),
-        (["RUN", "--eval.epochs"], "--eval.epochs needs a value"),
+        (["RUN", "--eval.sgd_epohcs", "3"], "did you mean --eval.sgd_epochs"),
+        (["RUN", "--eval.knn_k"], "--eval.knn_k needs a value"),
     ],
 )
 def test_a_wrong_command_line_is_a_setting_error(root, argv, words):

@@ -13,6 +13,8 @@ from tests.support.betons import digit_like, write
 
 PLUGIN = """
 import torch
+from fastproj.evaluation import PROBES
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.models import ENCODERS
 from fastproj.models.encoders import build_encoder
 from fastproj.objective import OBJECTIVES
@@ -23,6 +25,13 @@ def margin_loss(z1: torch.Tensor, z2: torch.Tensor, margin: float = 0.5) -> torc
 
 
 OBJECTIVES["margin"] = margin_loss
+def one_class(train, val, num_classes, *, shift: int = 1) -> ProbeResult:
+    classes = torch.full_like(val.labels, shift % num_classes)
+    accuracy = (classes == val.labels).float().mean().item()
+    return ProbeResult({"top1": accuracy, "top5": 1.0}, {"shift": shift}, 0.1, classes)
+
+
+PROBES["mine"] = one_class
 ENCODERS["mine"] = lambda stem: build_encoder("resnet_small", stem)
 """
 
@@ -45,7 +54,7 @@ def test_a_plugin_is_loaded_again_by_every_command(tmp_path: Path) -> None:
         "views: {size: 8, blur_prob: 0}\nmodel: {encoder: mine}\n"
         "projector: {hidden: 16, out: 8}\nobjective: {name: margin, margin: 0.25}\n"
         "optim: {optimizer: sgd, batch_size: 16, epochs: 2, warmup_epochs: 0}\n"
-        "eval: {epochs: 2, knn_k: 3}\n"
+        "eval: {probes: [mine, knn], mine_shift: 2, knn_k: 3}\n"
     )
     started = command("train", "--cfg", recipe, "--train.stop_after", 2)
     assert started.returncode == 0, started.stderr

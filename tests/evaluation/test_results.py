@@ -70,9 +70,22 @@ def test_predictions_that_cannot_be_written_leave_the_earlier_file(tmp_path):
 def test_the_table_tells_what_limits_a_choice():
     limited = row(edge=["learning rate"], classes_not_held_out=3, learning_rate=0.3)
     text = table(replace(EVALUATION, rows=(row(top1=0.123), limited))).splitlines()
-    assert len(text) == 5 and "12.30%" in text[1] and "learning rate 0.3" in text[2]
+    assert len(text) == 5 and "12.30%" in text[1] and "lr 0.3" in text[2]
     assert "learning rate chosen at the end of the list" in text[3]
     assert "3 classes have one training image" in text[4]
+
+
+def test_the_table_fits_100_columns_and_tells_ties_and_further_scores():
+    tied = row(probe="few_shot", tie=True, learning_rate=0.03, weight_decay=0.001)
+    tied.metrics["top1_10%"] = 0.75
+    tied.protocol["probe"] |= {"suboptimality": 2e-4, "tolerance": 1e-6}
+    text = table(replace(EVALUATION, rows=(tied,))).splitlines()
+    assert max(map(len, text)) <= 100
+    assert text[2:] == [
+        "pre-trained, few_shot: also top1_10% 75.00%",
+        "pre-trained, few_shot: all entries tie on the held-out images: the choice says nothing",
+        "pre-trained, few_shot: solved only to 2e-04 of the objective",
+    ]
 
 
 def test_the_demos_table_has_a_line_per_encoder(tmp_path):
@@ -81,7 +94,7 @@ def test_the_demos_table_has_a_line_per_encoder(tmp_path):
     rows = tuple(
         row(encoder, probe, 0.1 * i + 0.5 * (probe == "knn"))
         for i, encoder in enumerate(names, start=1)
-        for probe in ("sgd", "knn")
+        for probe in ("logistic", "knn")
     )
     write_evaluation(run, replace(EVALUATION, rows=rows), {})
     with Journal(run.metrics, main=True, total=1) as book:

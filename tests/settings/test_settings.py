@@ -167,7 +167,7 @@ def test_settings_are_frozen_and_leak_nothing():
         (["--momentun", "1"], ["did you mean --optim.momentum?"]),
         (["--config", "x"], ["did you mean --cfg?"]),
         (["--temp", "1"], ["unknown setting --temp"]),  # fastargs would take the prefix
-        (["--epochs", "1"], ["--optim.epochs", "--eval.epochs"]),
+        (["--batch_size", "1"], ["--optim.batch_size", "--eval.batch_size"]),
         (["--optim.epochs", "0.5"], ["optim.epochs must be a whole number at least 1, not '0.5'"]),
         (["--views.flip_prob", "1.5"], ["numbers from 0 to 1"]),
         (["--optim.lr", "null"], ["a number above 0"]),

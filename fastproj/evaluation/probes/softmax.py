@@ -1,0 +1,290 @@
+"""Multinomial logistic regression solved for many L2 strengths at once, to a certified accuracy.
+
+The objective is convex, so it is solved instead of tuned. For a strength l it is
+
+    f(W, b) = mean cross-entropy of softmax(W x + b) + l / 2 |W|²,
+
+as scikit-learn's ``LogisticRegression`` with C = 1 / (l n); the intercept b is not penalized.
+
+All strengths take preconditioned L-BFGS steps together, so that each step is two matrix products
+over the stacked heads. The preconditioner is the Hessian at W = 0 without the coupling of W and b:
+A ⊗ XᵀX/n + l I, with A the covariance of the one-hot labels. One eigendecomposition of XᵀX serves
+all strengths. It has the form of Böhning's bound (1992, "Multinomial logistic regression
+algorithm", ½(I - 11ᵀ/C) in A's place), which is looser. For strengths that take longer it is made
+anew at their current heads. Strengths that are done leave the stack.
+
+The certificate is the duality gap. f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly
+convex, and g(W) - min f <= |∇g(W)|² / (2 l). ``certify`` therefore first solves for b by Newton's
+method, in float64; then ∇g is ∂f/∂W. Strengths that float32 did not bring that far go on in
+float64.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastproj.core.errors import InputError
+
+TOLERANCE = 1e-6  # certified: (f - min f) / f
+MEMORY = 20  # pairs that L-BFGS remembers
+PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
+REFRESH = 20  # steps before the preconditioner is made anew, and then 40, 80, ...
+ROWS = 2**13  # rows that it is made from, or 8 per feature
+LOGITS = 2**21  # entries computed at once (8 MiB of float32)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One head per strength.
+
+    ``heads``: float64 (S, C, d+1), the last column is the intercept. ``objective``: its f, float64
+    (S,). ``suboptimality``: upper bound of (f - min f) / f, float64 (S,). ``iterations``: passes
+    over the rows, int64 (S,), those of the certificate not counted.
+    """
+
+    heads: Tensor
+    objective: Tensor
+    suboptimality: Tensor
+    iterations: Tensor
+
+
+def solve(
+    x: Tensor, y: Tensor, classes: int, strengths: Tensor, tolerance: float = TOLERANCE
+) -> Solution:
+    """Heads that minimize f for each of ``strengths`` (S,), all positive.
+
+    ``x``: float32 (N, d), standardized; ``y``: int64 (N,) below ``classes``. A class without a row
+    gets no finite intercept in theory; its head is zero and its intercept minus infinity, so that
+    it is never predicted.
+    """
+    strengths = strengths.to(x.device, torch.float64)
+    if not (strengths > 0).all():
+        raise InputError("strengths must be above 0: without a penalty there may be no optimum")
+    present, y = y.unique(return_inverse=True)
+    prior = torch.bincount(y).double() / len(y)
+    start = torch.zeros(len(present), x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    start[:, -1] = prior.log() - prior.log().mean()
+    inverse = _at_zero(x, prior)
+    heads = start.repeat(len(strengths), 1, 1)
+    objective, bound = torch.zeros_like(strengths), torch.full_like(strengths, torch.inf)
+    iterations = torch.zeros(len(strengths), dtype=torch.int64, device=x.device)
+    for kind, aim in ((torch.float32, 0.5), (torch.float64, 0.5), (torch.float64, 0.05)):
+        left = (bound > tolerance).nonzero().squeeze(1)
+        if not len(left):
+            break
+        if kind == torch.float64:
+            inverse = _at(x, heads[left])
+        found, passes = _lbfgs(x, y, heads[left], strengths[left], inverse, aim * tolerance, kind)
+        iterations[left] += passes
+        for at, head in zip(left.tolist(), found, strict=True):
+            heads[at], objective[at], bound[at] = certify(x, y, head, strengths[at])
+    whole = heads.new_zeros(len(strengths), classes, heads.shape[2])
+    whole[:, :, -1] = -torch.inf
+    whole[:, present] = heads
+    return Solution(whole, objective, bound, iterations)
+
+
+def certify(x: Tensor, y: Tensor, head: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The head (C, d+1) with the best intercept for its weights, its f, and the bound of it.
+
+    All in float64. Every class has a row in ``y``. The bound is |∂f/∂W|² / (2 l) / f, plus what the
+    intercept's residual could change if its optimum were 100 away.
+    """
+    n, classes = len(x), len(head)
+    head, weight = head.double().clone(), head[:, :-1].double()
+    size = max(1, LOGITS // max(classes, x.shape[1]))
+    logits = torch.cat([part.double() @ weight.T for part in x.split(size)])
+    prior = torch.bincount(y, minlength=classes).double() / n
+    residual = torch.full_like(prior, torch.inf, dtype=torch.float64)
+    for _ in range(20):
+        mass, covariance = torch.zeros_like(head[:, 0]), head.new_zeros(classes, classes)
+        for part in logits.split(size):
+            p = (part + head[:, -1]).softmax(1)
+            mass += p.sum(0)
+            covariance -= p.T @ p
+        before, residual = residual, mass / n - prior
+        if not residual.abs().sum() < before.abs().sum() / 2:
+            break  # as exact as float64 makes it
+        covariance = (covariance + mass.diag()) / n
+        step = torch.linalg.pinv(covariance, hermitian=True) @ residual
+        head[:, -1] -= step / max(1.0, float(step.abs().max()))
+    loss, gradient = head.new_zeros(()), strength * n * weight
+    for rows, labels, part in zip(x.split(size), y.split(size), logits.split(size), strict=True):
+        log_p = (part + head[:, -1]).log_softmax(1)
+        loss -= log_p.gather(1, labels.unsqueeze(1)).sum()
+        error = log_p.exp_()
+        error[torch.arange(len(labels), device=x.device), labels] -= 1
+        gradient += error.T @ rows.double()
+    objective = loss / n + strength / 2 * weight.square().sum()
+    gap = (gradient / n).square().sum() / (2 * strength) + 100 * residual.abs().sum()
+    return head, objective, gap / objective
+
+
+def _lbfgs(
+    x: Tensor,
+    y: Tensor,
+    heads: Tensor,
+    strengths: Tensor,
+    inverse: "_Kronecker",
+    tolerance: float,
+    kind: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Heads (S, C, d+1) of ``kind`` and passes (S,).
+
+    A head is done where (|∂f/∂W|² + d |∂f/∂b|²) / (2 l) <= tolerance · f.
+    A step that ends uphill is shortened by the secant of the slope: of a convex f, a slope that is
+    not positive at the end proves that f fell, which values in float32 could not.
+    """
+    found, passes = heads.to(kind), torch.zeros_like(strengths, dtype=torch.int64)
+    active = torch.arange(len(strengths), device=x.device)
+    at, l2 = found.clone(), strengths
+    value, gradient, _ = _evaluate(x, y, at, l2)
+    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
+    length, shortened = torch.ones_like(l2), torch.zeros_like(l2)
+    refresh = REFRESH
+    for step in range(PASSES[kind]):
+        if step == refresh:
+            inverse, refresh = _at(x, at), 2 * refresh
+        direction = -_two_loops(gradient, pairs, inverse, l2)
+        slope = _dot(direction, gradient)
+        trial = at + length.to(kind).view(-1, 1, 1) * direction
+        there, uphill, norm = _evaluate(x, y, trial, l2)
+        passes[active] += 1
+        end = _dot(direction, uphill)
+        taken = (end <= 0) | (there <= value + 1e-4 * length * slope)
+        pick = taken.view(-1, 1, 1)
+        change, turn = (trial - at) * pick, (uphill - gradient) * pick
+        product = _dot(change, turn)
+        rho = torch.where(product > 0, 1 / product, 0.0)
+        pairs.append((change, turn, rho))
+        at, gradient = torch.where(pick, trial, at), torch.where(pick, uphill, gradient)
+        value = torch.where(taken, there, value)
+        secant = (length * slope / (slope - end)).clamp(min=0).maximum(length / 10)
+        length = torch.where(taken, 1.0, secant.minimum(length / 2))
+        shortened = torch.where(taken, 0, shortened + 1)
+        # Five in a row: rounding hides the descent.
+        done = (taken & (norm <= 2 * l2 * tolerance * value)) | (shortened >= 5)
+        found[active] = at
+        if done.all():
+            break
+        if done.any():
+            keep = ~done
+            active, at, l2, value = active[keep], at[keep], l2[keep], value[keep]
+            gradient, length, shortened = gradient[keep], length[keep], shortened[keep]
+            inverse.keep(keep)
+            pairs = deque(((s[keep], t[keep], r[keep]) for s, t, r in pairs), maxlen=MEMORY)
+    return found, passes
+
+
+def _two_loops(
+    gradient: Tensor,
+    pairs: deque[tuple[Tensor, Tensor, Tensor]],
+    inverse: "_Kronecker",
+    l2: Tensor,
+) -> Tensor:
+    """L-BFGS's product of the inverse Hessian and the gradient (Nocedal and Wright, algorithm 7.4).
+
+    A pair with rho = 0, of a step that was not taken, changes nothing.
+    """
+    q, alphas = gradient.clone(), []
+    for change, turn, rho in reversed(pairs):
+        alpha = (rho * _dot(change, q)).to(q.dtype).view(-1, 1, 1)
+        q -= alpha * turn
+        alphas.append(alpha)
+    q = inverse(q, l2)
+    for (change, turn, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        beta = (rho * _dot(turn, q)).to(q.dtype).view(-1, 1, 1)
+        q += (alpha - beta) * change
+    return q
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """One float64 scalar product per head, (S,)."""
+    return (a * b).sum((1, 2)).double()
+
+
+class _Kronecker:
+    """(A ⊗ B + l I)⁻¹ for the weights and A⁺ for the intercept, one A and B per strength.
+
+    ``a``: (S, C, C), ``b``: (S, d, d), both symmetric; S is 1 where all strengths share them.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.basis_values, self.basis = torch.linalg.eigh(b)
+        self.class_values, self.classes = torch.linalg.eigh(a)
+        self.basis_values.clamp_(min=0)
+        null = self.class_values <= 1e-12 * self.class_values.amax(-1, keepdim=True)
+        self.class_values.clamp_(min=0)
+        self.intercept = torch.where(null, 0.0, 1 / self.class_values).unsqueeze(-1)
+
+    def keep(self, those: Tensor) -> None:
+        """Drop the strengths that ``those`` (S,) does not hold."""
+        if len(self.basis) > 1:
+            for name, value in vars(self).items():
+                setattr(self, name, value[those])
+
+    def __call__(self, gradient: Tensor, l2: Tensor) -> Tensor:
+        """Applied to (S, C, d+1), one strength in ``l2`` (S,) each."""
+        kind = gradient.dtype
+        classes, basis = self.classes.to(kind), self.basis.to(kind)
+        turned = classes.mT @ gradient
+        curvature = self.class_values.unsqueeze(2) * self.basis_values.unsqueeze(1)
+        weight = turned[..., :-1] @ basis / (curvature + l2.view(-1, 1, 1)).to(kind) @ basis.mT
+        intercept = turned[..., -1:] * self.intercept.to(kind)
+        return classes @ torch.cat([weight, intercept], dim=-1)
+
+
+def _at_zero(x: Tensor, prior: Tensor) -> _Kronecker:
+    """From the Hessian at W = 0: the same for all strengths."""
+    second = (x.T @ x).double() / len(x)
+    return _Kronecker((prior.diag() - prior.outer(prior))[None], second[None])
+
+
+def _at(x: Tensor, heads: Tensor) -> _Kronecker:
+    """From the Hessian at ``heads`` (S, C, d+1), of at most ``ROWS`` rows.
+
+    The Hessian is the mean of (diag(p) - ppᵀ) ⊗ xxᵀ. A is the mean of the left factor; in B a row
+    counts by its left factor's trace, scaled to the mean 1.
+    """
+    x = x[:: -(-len(x) // max(ROWS, 8 * x.shape[1]))]
+    a, b = [], []
+    for head in heads.to(x.dtype):
+        p = torch.addmm(head[:, -1], x, head[:, :-1].T).softmax(1)
+        trace = 1 - p.square().sum(1)
+        a.append((p.mean(0).diag() - p.T @ p / len(p)).double())
+        b.append((x.T @ (x * (trace / trace.sum().clamp(min=1e-30)).unsqueeze(1))).double())
+    return _Kronecker(torch.stack(a), torch.stack(b))
+
+
+def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f (S,), its gradient (S, C, d+1) in the heads' type, and |∂f/∂W|² + d |∂f/∂b|² (S,).
+
+    Sums over the rows are float64. Moving b to its optimum changes ∂f/∂W by about a row's length
+    times ∂f/∂b, and standardized rows have the length √d: hence the factor d.
+    """
+    count, classes, _ = heads.shape
+    n, kind = len(x), heads.dtype
+    weight = heads[..., :-1].flatten(0, 1).contiguous()
+    intercept = heads[..., -1:].flatten(0, 1)
+    loss = torch.zeros(count, dtype=torch.float64, device=x.device)
+    gradient = torch.zeros(count * classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    minus = torch.full((1, 1, 1), -1.0, dtype=kind, device=x.device)
+    size = max(256, LOGITS // (count * classes))
+    for rows, labels in zip(x.split(size), y.split(size), strict=True):
+        rows = rows.to(kind)
+        # Rows come last, where they are contiguous: a softmax over the last of few classes is slow.
+        logits = torch.addmm(intercept, weight, rows.T).view(count, classes, -1)
+        log_p = logits.log_softmax(1)
+        target = labels.expand(count, 1, -1)
+        loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
+        error = log_p.exp_().scatter_add_(1, target, minus.expand_as(target)).flatten(0, 1)
+        gradient[:, :-1] += error @ rows
+        gradient[:, -1] += error.sum(1, dtype=torch.float64)
+    gradient = (gradient / n).view(count, classes, -1)
+    slopes = gradient[..., :-1]
+    slopes += l2.view(-1, 1, 1) * heads[..., :-1]
+    value = loss / n + l2 / 2 * heads[..., :-1].double().square().sum((1, 2))
+    norm = slopes.square().sum((1, 2)) + x.shape[1] * gradient[..., -1].square().sum(1)
+    return value, gradient.to(kind), norm
