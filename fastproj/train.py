@@ -163,9 +163,13 @@ def _online(settings: Settings) -> OnlineAccuracy | None:
         size=how.size or settings.views.size,
         crop_fraction=how.crop_fraction,
         batch_size=how.batch_size,
-        k=how.knn_k,
-        temperature=how.knn_temperature,
         loader={name: getattr(data, name) for name in ("engine", "workers", "memory_share")},
+        # The first of eval.probes' knn, where it is among them.
+        **{
+            name: how.options[f"knn_{name}"][0]
+            for name in ("k", "temperature")
+            if f"knn_{name}" in how.options
+        },
     )
 
 

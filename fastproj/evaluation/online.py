@@ -17,7 +17,8 @@ from torch import nn
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.evaluation.features import Features, features
-from fastproj.evaluation.probes import knn, ranks
+from fastproj.evaluation.probes.common import ranks
+from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.protocol import center_loader, describe
 from fastproj.models.frozen import frozen
 
@@ -78,7 +79,9 @@ class OnlineAccuracy:
             train, val = (
                 self._features(beton, encoder, device) for beton in (self.train, self.val)
             )
-        nearest = knn(train, val, len(self.train.classes), self.k, self.temperature)
+        nearest = knn(
+            train, val, len(self.train.classes), k=self.k, temperature=self.temperature
+        )
         return {
             **top_1_and_5(probe, val),
             "online_knn_top1": nearest.metrics["top1"],
