@@ -28,7 +28,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("fastproj.train", "Pre-train an encoder on a beton.", "RUN"),
-    "evaluate": Command("fastproj.evaluate", "Probe the frozen encoder of a run.", "RUN", True),
+    "evaluate": Command("fastproj.evaluate", "Probe a run's frozen encoder, or any.", "RUN", True),
+    "embed": Command("fastproj.embed", "Write the features of a set to a file.", "EMBED", True),
     "report": Command("fastproj.report", "Draw the curves of a run.", "RUN", True),
     "export": Command("fastproj.export", "Write the encoder of a run alone.", "RUN", True),
     "prepare": Command("fastproj.prepare.command", "Turn raw images into betons.", "PREPARE"),
@@ -37,7 +38,7 @@ COMMANDS = {
     "bench": Command("fastproj.bench.__main__", "Measure the rate of each stage.", "BENCH"),
 }
 # What only an extra installs.
-EXTRAS = {"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali"}
+EXTRAS = {"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"}
 
 
 def dispatch(argv: Sequence[str]) -> int | None:

@@ -2,7 +2,8 @@
 
 Checkpoint -> frozen features of train and val, once -> ``eval.probes`` -> one table, and
 ``eval.json`` in the run folder. ``--eval.baselines true`` probes raw pixels and the encoder as it
-was before pre-training in the same way.
+was before pre-training in the same way. ``--eval.checkpoint`` takes other libraries' files too, and
+``--eval.out FOLDER`` stands in for the run folder. Several ranks (torchrun) share the features.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -10,64 +11,76 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     run_as_script("evaluate")
 
+import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastproj.core import dist
 from fastproj.core.device import choose_device
 from fastproj.core.errors import InputError
-from fastproj.core.files import sha256
-from fastproj.core.machine import keep_freed_memory
+from fastproj.core.files import sha256, writing
+from fastproj.core.machine import cores, keep_freed_memory
 from fastproj.core.table import hyperparameters
 from fastproj.evaluation import PROBES
-from fastproj.evaluation.pretrained import load_pretrained
-from fastproj.evaluation.protocol import Protocol, open_sets
+from fastproj.evaluation.cache import Cache
+from fastproj.evaluation.extract import Extractor
+from fastproj.evaluation.files import is_features_file
+from fastproj.evaluation.load import LoadedEncoder, load_encoder
+from fastproj.evaluation.protocol import Protocol, Scored
 from fastproj.evaluation.results import Evaluation, table, write_evaluation
-from fastproj.models.encoders import build_encoder
+from fastproj.evaluation.sets import Sets, open_folders, open_sets
 from fastproj.runs import checkpoint
-from fastproj.runs.command import open_run
+from fastproj.runs.command import open_run_or_none
 from fastproj.runs.environment import versions
 from fastproj.runs.folder import RunFolder
-from fastproj.settings import Settings
+from fastproj.settings import RUN, Settings
+
+# Ranks wait for the first one while it probes: longer than any probe takes.
+PATIENCE = 24 * 3600.0  # seconds
 
 
-def evaluate(run: RunFolder, settings: Settings) -> tuple[Evaluation, dict[str, Tensor]]:
-    """Probe the run's encoder as ``settings.eval`` says; writes nothing.
+def evaluate(run: RunFolder | None, settings: Settings) -> tuple[Evaluation, dict[str, Tensor]]:
+    """Probe the encoder as ``settings.eval`` says; writes cached features, if anything.
 
-    Returns what ``eval.json`` is to hold, and the predictions under the paths that its rows name.
-    Raises ``InputError`` for a missing or damaged checkpoint and for sets that cannot be probed.
+    ``run`` may be None where ``settings.eval.out`` names a folder. Returns what ``eval.json`` is to
+    hold, and the predictions under the paths that its rows name. Raises ``InputError`` for a
+    missing or damaged checkpoint and for sets that cannot be probed.
     """
-    protocol = _protocol(settings)
-    path = find_checkpoint(run, settings)
-    pretrained = load_pretrained(path)
-    encoders: dict[str, tuple[nn.Module | None, str]] = {}
-    if settings.eval.baselines:
-        # As pre-training found it, batch-norm statistics included. Estimating them on training
-        # images makes a weaker baseline (digits at 16 px, resnet_small, 3 seeds: linear 94.2-95.0 %
-        # against 95.8-97.2 %, kNN 93.9-94.4 % against 94.4-95.3 %).
-        torch.manual_seed(settings.run.seed)
-        random = build_encoder(pretrained.encoder, pretrained.stem)
-        encoders["pixels"] = None, ""
-        encoders["random"] = random, f"as initialized from seed {settings.run.seed}"
-    encoders["pre-trained"] = pretrained.build(), "of the checkpoint"
+    device, out = start_device(settings), results_folder(run, settings)
+    sets = _sets(settings)
+    found: Scored = []
+    path, encoder = None, None
+    if is_features_file(settings.data.train):
+        protocol = _protocol(settings, sets, device, out)
+        found += protocol.score_files()
+    else:
+        path, encoder = open_encoder(run, settings)
+        protocol = _protocol(settings, sets, device, out, encoder)
+        if settings.eval.baselines:
+            # As pre-training found it, batch-norm statistics included. Estimating them on training
+            # images makes a weaker baseline (digits at 16 px, resnet_small, 3 seeds: linear
+            # 94.2-95.0 % against 95.8-97.2 %, kNN 93.9-94.4 % against 94.4-95.3 %).
+            found += protocol.score("pixels", None)
+            found += protocol.score("random", encoder.at_random(settings.run.seed), baseline=True)
+        found += protocol.score("pre-trained", encoder)
     rows, predictions = [], {}
-    for name, (encoder, weights) in encoders.items():
-        for row, result in protocol.score(name, encoder, weights, pretrained):
-            kept = run.predictions(name, row.probe).relative_to(run.path).as_posix()
-            predictions[kept] = result.predictions
-            rows.append(replace(row, predictions=kept))
-    device = protocol.device
+    for row, result in found:
+        kept = out.predictions(row.data, row.encoder, row.probe).relative_to(out.path).as_posix()
+        predictions[kept] = result.predictions
+        rows.append(replace(row, predictions=kept))
     evaluation = Evaluation(
         checkpoint={
-            "file": str(path),
-            "sha256": sha256(path),
-            "step": pretrained.step,
-            "epoch": pretrained.epoch,
+            "file": path and str(path),
+            "sha256": path and sha256(path),
+            "step": encoder and encoder.step,
+            "epoch": encoder and encoder.epoch,
         },
         versions={
             **versions(),
@@ -79,35 +92,99 @@ def evaluate(run: RunFolder, settings: Settings) -> tuple[Evaluation, dict[str, 
     return evaluation, predictions
 
 
-def find_checkpoint(run: RunFolder, settings: Settings) -> Path:
+def results_folder(run: RunFolder | None, settings: Settings) -> RunFolder:
+    """The folder that ``eval.out`` names, or else the run's."""
+    if settings.eval.out is not None:
+        return RunFolder(Path(settings.eval.out))
+    assert run is not None  # the command line has one of them
+    return run
+
+
+def start_device(settings: Settings) -> torch.device:
+    """This process's device, after it has joined the other ranks, if there are any."""
+    device = choose_device(settings.run.device)
+    rank = dist.start(device, PATIENCE)
+    if device.type == "cuda":
+        return torch.device("cuda", rank.local_rank)
+    keep_freed_memory()
+    return device
+
+
+def open_encoder(run: RunFolder | None, settings: Settings) -> tuple[Path | None, LoadedEncoder]:
+    """The encoder that ``settings.eval`` names, and its file.
+
+    Says on stderr what was loaded from a file that is not ours.
+    """
+    how = settings.eval
+    path: Path | None = None
+    if how.encoder is None or how.checkpoint != "last":
+        path = find_checkpoint(run, settings)
+    encoder = load_encoder(path, how.encoder, how.size)
+    if encoder.step is None and dist.is_main():
+        print(f"{encoder.about['name']}: {encoder.weights}", file=sys.stderr)
+    return path, encoder
+
+
+def find_checkpoint(run: RunFolder | None, settings: Settings) -> Path:
     """The file that ``eval.checkpoint`` names; ``last`` is the newest checkpoint in ``run``."""
     if settings.eval.checkpoint != "last":
         return Path(settings.eval.checkpoint)
-    newest = checkpoint.latest(run.checkpoints)
+    newest = run and checkpoint.latest(run.checkpoints)
     if newest is None:
-        raise InputError(
-            f"{run.path} holds no checkpoint: train first, or give --eval.checkpoint FILE"
-        )
+        where = f"{run.path} holds no checkpoint: train first, or" if run else "no run folder:"
+        raise InputError(f"{where} give --eval.checkpoint FILE")
     return newest
 
 
-def _protocol(settings: Settings) -> Protocol:
-    """The settings of ``eval`` as plain arguments, and the sets opened."""
+def open_extractor(
+    settings: Settings,
+    device: torch.device,
+    encoder: LoadedEncoder | None = None,
+    cache: Cache | None = None,
+) -> Extractor:
+    """How the settings compute features; the encoder's own image size goes before the views'.
+
+    With ``data.workers`` 0 the ranks of a machine divide its cores.
+    """
     how, data = settings.eval, settings.data
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Extractor(
+        size=how.size or (encoder and encoder.size) or settings.views.size,
+        device=device,
+        crop_fraction=how.crop_fraction,
+        crops=how.crops,
+        batch_size=how.batch_size,
+        loader={
+            "engine": data.engine,
+            "workers": data.workers or max(1, cores() // ranks),
+            "memory_share": data.memory_share,
+        },
+        cache=cache,
+    )
+
+
+def _sets(settings: Settings) -> list[Sets]:
+    data = settings.data
     if data.val is None:
         raise InputError("data.val is missing: give --data.val FILE, the beton to score probes on")
-    train, val = open_sets(data.train, data.val)
-    device = choose_device(settings.run.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    return [open_sets(data.train, data.val), *open_folders(settings.eval.sets or ())]
+
+
+def _protocol(
+    settings: Settings,
+    sets: Sequence[Sets],
+    device: torch.device,
+    out: RunFolder,
+    encoder: LoadedEncoder | None = None,
+) -> Protocol:
+    """The settings of ``eval`` as plain arguments."""
+    how = settings.eval
+    cache = Cache(out.features) if how.cache else None
     return Protocol(
-        train,
-        val,
-        size=how.size or settings.views.size,
-        crop_fraction=how.crop_fraction,
-        batch_size=how.batch_size,
-        device=device,
-        loader={name: getattr(data, name) for name in ("engine", "workers", "memory_share")},
+        sets,
+        open_extractor(settings, device, encoder, cache),
+        depths=how.depths,
+        normalize=how.normalize,
         probes={
             name: _arguments(name, how.options, settings.run.seed) for name in how.probes
         },
@@ -125,13 +202,25 @@ def _arguments(probe: str, options: Mapping[str, Any], seed: int) -> dict[str, A
 
 
 def main(argv: Sequence[str]) -> None:
-    run, settings = open_run(
-        argv, "python -m fastproj.evaluate", "Probe the frozen encoder of a run."
+    run, settings = open_run_or_none(
+        RUN,
+        argv,
+        "python -m fastproj.evaluate",
+        "Probe a frozen encoder: of a run, or of any checkpoint.",
+        ("--eval.out",),
     )
-    evaluation, predictions = evaluate(run, settings)
+    out = results_folder(run, settings)
+    try:
+        evaluation, predictions = evaluate(run, settings)
+        if not dist.is_main():
+            return
+    finally:
+        dist.stop()
     print(table(evaluation), flush=True)  # before writing: it took minutes, a full disk may come
     try:
-        write_evaluation(run, evaluation, predictions)
+        with writing(out.path):
+            out.path.mkdir(parents=True, exist_ok=True)
+        write_evaluation(out, evaluation, predictions)
     except InputError as error:
         raise InputError(f"{error}; the table above was not kept, evaluate again") from error
-    print(f"written: {run.evaluation}")
+    print(f"written: {out.evaluation}")

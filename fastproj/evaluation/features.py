@@ -1,6 +1,7 @@
 """Frozen encoder + loader -> features: what every probe sees, computed once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -8,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.core import dist
 from fastproj.core.errors import InputError
-from fastproj.loaders import Batch, Loader
+from fastproj.loaders import Batch, Center, Loader
 from fastproj.models.frozen import frozen
+from fastproj.prepare.progress import Progress
+
+# Images in one forward pass on a CPU, so that activations stay in its caches.
+CACHED_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,21 @@ def features(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: torch.device | str | None = None,
+    mirror: bool = False,
+    progress: str = "",
 ) -> Features:
     """Features of one epoch of ``loader`` under the frozen ``module``, in float32 (N, d).
 
-    ``module`` maps images (B, c, h, w) to features (B, d). ``loader`` is a fastproj loader with one
-    crop per image and without ``drop_last``, or any iterable of (images, labels), for example
-    torch's DataLoader: images float, or uint8, which are divided by 255; labels int64 (B,). Rows
-    come in the order of the set for a fastproj loader, else in the order in which they arrive.
+    ``module`` maps images (B, c, h, w) to features (B, d). ``loader`` is a fastproj loader of
+    ``Center`` or ``Five`` crops without ``drop_last``, or any iterable of (images, labels), for
+    example torch's DataLoader: images float, or uint8, which are divided by 255; labels int64 (B,).
+    Rows come in the order of the set for a fastproj loader, else in the order in which they arrive.
+    On several ranks, each embeds the part that its loader gives, and all get all rows.
+
+    An image's features are the mean over its crops and, with ``mirror``, over the crops' mirror
+    images too: ``Five`` and ``mirror`` are ten-crop evaluation.
+
+    ``progress``, unless empty, is the name under which progress is shown.
 
     ``mean`` and ``std``, one value per channel, normalize the images. None: those of a fastproj
     loader's beton; the images of any other loader stay as they are. ``device`` is where ``module``
@@ -69,8 +83,13 @@ def features(
         torch.tensor(values, device=device).view(1, -1, 1, 1)
         for values in ((0.0,) if mean is None else mean, (1.0,) if std is None else std)
     )
+
+    def embed(images: Tensor) -> Tensor:
+        images = (images - shift) / scale
+        return (module(images) + module(images.flip(-1))) / 2 if mirror else module(images)
+
     with frozen(module):
-        return _collect(loader, lambda images: module((images - shift) / scale), device)
+        return _collect(loader, embed, device, progress)
 
 
 def pixels(loader: Loader | Iterable[Any], device: torch.device | str = "cpu") -> Features:
@@ -85,27 +104,47 @@ def _device(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def _collect(
-    loader: Loader | Iterable[Any], embed: Callable[[Tensor], Tensor], device: torch.device
+    loader: Loader | Iterable[Any],
+    embed: Callable[[Tensor], Tensor],
+    device: torch.device,
+    name: str = "",
 ) -> Features:
     """One epoch of ``embed(images)``, checked: each image once, all values finite."""
-    store = _InOrder(loader, device) if isinstance(loader, Loader) else _AsTheyCome()
-    for batch in loader:
-        images, labels = _images_and_labels(batch)
-        in_bytes = images.dtype == torch.uint8
-        images = images.to(device, torch.float32, memory_format=torch.channels_last)
-        values = embed(images.div_(255) if in_bytes else images)
-        if values.ndim != 2 or len(values) != len(labels):
-            raise InputError(
-                f"{len(labels)} images became features of shape {tuple(values.shape)}: the module "
-                "must give (B, d); pool and flatten in it"
-            )
-        store.add(
-            values.float(), labels.to(device), batch.index if isinstance(batch, Batch) else None
-        )
+    ours = isinstance(loader, Loader)
+    if ours and not (len(loader.crops) == 1 and isinstance(loader.crops[0], Center)):
+        raise InputError("features take one crop per image: open the loader with one Center")
+    store = _InOrder(loader, device) if ours else _AsTheyCome()
+    images_here = len(loader.beton) // loader.order.world_size if ours else 0
+    shown = Progress(name, images_here) if name and dist.is_main() else nullcontext()
+    with shown as bar:
+        for batch in loader:
+            images, labels = _images_and_labels(batch)
+            if not len(labels):
+                continue  # this rank's part of the last step may be empty
+            values = torch.cat([_as_float(part, device, embed) for part in _parts(images, device)])
+            if values.ndim != 2 or len(values) % len(labels):
+                raise InputError(
+                    f"{len(labels)} images became features of shape {tuple(values.shape)}: the "
+                    "module must give (B, d); pool and flatten in it"
+                )
+            values = values.float().unflatten(0, (-1, len(labels))).mean(0)  # over the crops
+            store.add(values, labels.to(device), batch.index if isinstance(batch, Batch) else None)
+            if bar:
+                bar.update(len(labels))
     found = store.features()
     if not found.features.isfinite().all():
         raise InputError("the features hold NaN or infinity: the encoder has diverged")
     return found
+
+
+def _parts(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    return images.split(CACHED_IMAGES) if device.type == "cpu" else (images,)
+
+
+def _as_float(images: Tensor, device: torch.device, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    in_bytes = images.dtype == torch.uint8
+    images = images.to(device, torch.float32, memory_format=torch.channels_last)
+    return embed(images.div_(255) if in_bytes else images)
 
 
 class _AsTheyCome:
@@ -131,18 +170,21 @@ class _InOrder:
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._path, images = loader.beton.path, len(loader.beton)
         self._rows: Tensor | None = None
-        self._labels = torch.empty(images, dtype=torch.int64, device=device)
+        self._world_size = loader.order.world_size
+        self._labels = torch.zeros(images, dtype=torch.int64, device=device)
         self._seen = torch.zeros(images, dtype=torch.int64, device=device)
 
     def add(self, rows: Tensor, labels: Tensor, index: Tensor | None) -> None:
         assert index is not None  # a fastproj loader gives one
         if self._rows is None:
-            self._rows = torch.empty(len(self._seen), rows.shape[1], device=rows.device)
+            self._rows = torch.zeros(len(self._seen), rows.shape[1], device=rows.device)
         index = index.to(rows.device)
         self._rows[index], self._labels[index] = rows, labels
         self._seen.index_add_(0, index, torch.ones_like(index))
 
     def features(self) -> Features:
+        if self._world_size > 1:
+            self._gather()
         if self._rows is None or not (self._seen == 1).all():
             raise InputError(
                 f"{self._path}: {int((self._seen != 1).sum())} of {len(self._seen)} images did not "
@@ -150,12 +192,20 @@ class _InOrder:
             )
         return Features(self._rows, self._labels)
 
+    def _gather(self) -> None:
+        """Every rank's rows: those that are not its own are zero, so that a sum is exact."""
+        none = torch.empty(0, 0, device=self._labels.device)
+        rows = none if self._rows is None else self._rows
+        width = int(dist.gather(torch.tensor([rows.shape[1]], device=rows.device)).max())
+        if self._rows is None:  # this rank had no image
+            rows = torch.zeros(len(self._seen), width, device=rows.device)
+        self._rows = dist.total(rows)
+        self._labels, self._seen = dist.total(self._labels), dist.total(self._seen)
+
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images (B, c, h, w) and labels (B,) of a ``Batch`` or of a pair."""
+    """Images (B, c, h, w), of a ``Batch`` (views·B, c, h, w), and labels (B,)."""
     if isinstance(batch, Batch):
-        if len(batch.crops) != 1 or len(batch.crops[0]) != len(batch.index):
-            raise InputError("features take one crop per image: open the loader with one Center")
         return batch.crops[0], batch.labels
     try:
         images, labels = batch

@@ -3,8 +3,9 @@
 import ast
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing
 from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.models.projector import Projector, build_projector
 from fastproj.runs import checkpoint
 
 EXPORT = ".safetensors"  # how an export's name ends
@@ -25,6 +27,7 @@ class Pretrained:
 
     ``encoder`` and ``stem``: its architecture, as ``build_encoder`` names it. ``mean`` and ``std``:
     per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was trained.
+    ``settings`` and ``projector``: the run's, and the projector's weights; an export has neither.
     """
 
     encoder: str
@@ -34,12 +37,45 @@ class Pretrained:
     step: int
     epoch: int
     weights: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    projector: Mapping[str, Tensor] | None = None
 
     def build(self) -> Encoder:
         """The encoder with these weights, on the CPU."""
         encoder = build_encoder(self.encoder, self.stem)
         encoder.load_state_dict(self.weights)
         return encoder
+
+    def build_projector(self) -> Projector | None:
+        """The projector with its weights, on the CPU; None where the file has none."""
+        if self.projector is None:
+            return None
+        told = {
+            name.removeprefix("projector."): value
+            for name, value in self.settings.items()
+            if name.startswith("projector.")
+        }
+        projector = build_projector(
+            told.pop("kind"), build_encoder(self.encoder, self.stem).num_features, **told
+        )
+        projector.load_state_dict(self.projector)
+        return projector
+
+
+def is_export(path: Path) -> bool:
+    """Whether ``path`` is an export of ours; what cannot be read counts as a damaged one."""
+    if path.suffix != EXPORT:
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return bool({*ABOUT, "sha256"} & (file.metadata() or {}).keys())
+    except (OSError, SafetensorError):
+        return True
+
+
+def is_checkpoint(state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` is what ``fastproj.train`` saves."""
+    return {"encoder", "settings"} <= state.keys()
 
 
 def load_pretrained(path: str | Path) -> Pretrained:
@@ -51,13 +87,20 @@ def load_pretrained(path: str | Path) -> Pretrained:
     if path.suffix == EXPORT:
         return _load_export(path)
     state = checkpoint.load(path)
-    if "encoder" not in state or "settings" not in state:
+    if not is_checkpoint(state):
         raise InputError(f"{path} holds no encoder: give a checkpoint of fastproj.train")
+    return of_checkpoint(state)
+
+
+def of_checkpoint(state: Mapping[str, Any]) -> Pretrained:
+    """The encoder and the projector of what ``fastproj.train`` saves."""
     made = state["settings"]
     return Pretrained(
         encoder=made["model.encoder"],
         stem=made["model.stem"],
         weights=state["encoder"],
+        settings=made,
+        projector=state["projector"],
         **{name: state[name] for name in ("mean", "std", "step", "epoch")},
     )
 

@@ -1,142 +1,147 @@
-"""One protocol for every encoder: center crops -> features of train and val -> every probe."""
+"""One protocol for every encoder: crops -> features of train and val, once -> every probe."""
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
+from fastproj.core import dist
 from fastproj.core.errors import InputError
-from fastproj.data.beton import Beton, open_beton
+from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
-from fastproj.evaluation.features import Features, features, pixels
-from fastproj.evaluation.pretrained import Pretrained
+from fastproj.evaluation.architectures import IMAGENET
+from fastproj.evaluation.depths import depths_of
+from fastproj.evaluation.extract import Extractor
+from fastproj.evaluation.features import Features
+from fastproj.evaluation.files import FeaturesFile
+from fastproj.evaluation.load import LoadedEncoder
 from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.evaluation.results import Row
-from fastproj.loaders import Center, Loader, open_loader
+from fastproj.evaluation.sets import Sets
 
-PIXELS = 32  # largest side of the raw-pixel baseline: 224 would be 150,528 features per image
+Scored = list[tuple[Row, ProbeResult]]
+ALL = "all"  # of ``depths``: each that the encoder has
 
 
-def open_sets(train: str, val: str) -> tuple[Beton, Beton]:
-    """Both betons; ``InputError`` unless they have the same two or more classes."""
-    ours, theirs = open_beton(train), open_beton(val)
-    if len(ours.classes) < 2:
-        raise InputError(f"{ours.path} has {len(ours.classes)} class: a probe needs at least 2")
-    for one, other in zip_longest(ours.classes, theirs.classes):
-        if one != other:
-            raise InputError(
-                f"{ours.path} has class {one} where {theirs.path} has {other}: write both from one "
-                "dataset"
-            )
-    return ours, theirs
+def normalization(how: str, encoder: LoadedEncoder, train: Beton) -> tuple[Any, Any]:
+    """Mean and standard deviation per channel, of pixels in [0, 1].
+
+    ``how``: ``encoder`` takes what the encoder expects and, where it does not say, those of
+    ``train``; ``data`` takes those of ``train``, ``imagenet`` ImageNet's.
+    """
+    if how == "imagenet":
+        return IMAGENET
+    if how == "data" or encoder.mean is None or encoder.std is None:
+        return train.manifest.mean, train.manifest.std
+    return encoder.mean, encoder.std
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What an encoder is scored on, and how.
 
-    ``size``: side of the center crop, pixels; ``crop_fraction``: of the shorter side.
-    ``loader``: further arguments of ``open_loader``. ``probes``: name in ``PROBES`` -> arguments.
+    ``extractor`` computes the features; ``normalize`` is the ``how`` of ``normalization``;
+    ``depths`` are those of ``depths_of``, or ``all``. ``probes``: name in ``PROBES`` -> arguments.
     """
 
-    train: Beton
-    val: Beton
-    size: int
-    crop_fraction: float
-    batch_size: int
-    device: torch.device
-    loader: Mapping[str, Any]
+    sets: Sequence[Sets]
+    extractor: Extractor
     probes: Mapping[str, Mapping[str, Any]]
+    depths: Sequence[str] = ("h",)
+    normalize: str = "encoder"
 
-    def score(
-        self, name: str, encoder: nn.Module | None, weights: str, pretrained: Pretrained
-    ) -> list[tuple[Row, ProbeResult]]:
-        """One row per probe of ``encoder`` (None: the pixels themselves), called ``name`` there.
+    def __post_init__(self) -> None:
+        names = Counter(sets.name for sets in self.sets)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise InputError(f"two sets are called {twice[0]}: rename the folder of one")
 
-        ``weights`` says where the encoder's weights are from. Images are normalized by the
-        ``pretrained`` encoder's mean and standard deviation.
+    def score(self, name: str, encoder: LoadedEncoder | None, baseline: bool = False) -> Scored:
+        """One row per set, depth and probe of ``encoder`` (None: the pixels), called ``name``.
+
+        At another depth than h it is called ``name/depth``. With several ranks only the first one
+        runs the probes; the others return no rows. A ``baseline`` is scored at those of the depths
+        that it has: it has no projector.
         """
-        size = self.size if encoder else min(self.size, PIXELS)
-        about: dict[str, Any] = {
-            "crop": {"kind": "center", "size": size, "crop_fraction": self.crop_fraction}
-        }
-        if encoder:
-            encoder.to(memory_format=torch.channels_last).to(self.device)
-            about |= {
-                "encoder": {
-                    "name": pretrained.encoder,
-                    "stem": pretrained.stem,
-                    "weights": weights,
+        found: Scored = []
+        for sets in self.sets:
+            start = time.perf_counter()
+            at_depths, about = self._features(sets, encoder, baseline)
+            seconds = time.perf_counter() - start
+            for depth, (train, val) in at_depths.items() if dist.is_main() else ():
+                row = Row(
+                    encoder=name if depth == "h" else f"{name}/{depth}",
+                    data=sets.name,
+                    probe="",
+                    metrics={},
+                    protocol={
+                        "data": sets.describe(),
+                        "features": about | {"depth": depth, "width": train.features.shape[1]},
+                    },
+                    seconds={"features": seconds},
+                )
+                found += self._probe(row, train, val, sets.num_classes)
+        return found
+
+    def score_files(self) -> Scored:
+        """One row per pair of features files and probe."""
+        found: Scored = []
+        for sets in self.sets:
+            assert isinstance(sets.train, FeaturesFile) and isinstance(sets.val, FeaturesFile)
+            train, val = (
+                Features(part.features.features.to(self.extractor.device),
+                         part.features.labels.to(self.extractor.device))
+                for part in (sets.train, sets.val)
+            )  # fmt: skip
+            row = Row(
+                encoder="file",
+                data=sets.name,
+                probe="",
+                metrics={},
+                protocol={
+                    "data": sets.describe(),
+                    "features": {"mode": "as in the files", "width": train.features.shape[1]},
                 },
-                "mode": "frozen, eval mode, float32",
-                "mean": list(pretrained.mean),
-                "std": list(pretrained.std),
-            }
-        start = time.perf_counter()
-        train, val = (
-            self._features(beton, encoder, size, pretrained) for beton in (self.train, self.val)
-        )
-        seconds = time.perf_counter() - start
+                seconds={"features": 0.0},
+            )
+            found += self._probe(row, train, val, sets.num_classes)
+        return found
+
+    def _probe(self, row: Row, train: Features, val: Features, num_classes: int) -> Scored:
+        """``row`` once per probe, with its results."""
         found = []
         for probe, arguments in self.probes.items():
-            result = PROBES[probe](train, val, len(self.train.classes), **arguments)
-            row = Row(
-                encoder=name,
-                data=self.val.manifest.dataset,
+            result = PROBES[probe](train, val, num_classes, **arguments)
+            done = replace(
+                row,
                 probe=probe,
                 metrics=result.metrics,
-                protocol={
-                    "data": {
-                        "train": describe(self.train),
-                        "val": describe(self.val),
-                        "classes": len(self.train.classes),
-                    },
-                    "features": about | {"width": train.features.shape[1]},
-                    "probe": result.protocol,
-                },
-                seconds={"features": seconds, "probe": result.seconds},
+                protocol=row.protocol | {"probe": result.protocol},
+                seconds=row.seconds | {"probe": result.seconds},
             )
-            found.append((row, result))
+            found.append((done, result))
         return found
 
     def _features(
-        self, beton: Beton, encoder: nn.Module | None, size: int, pretrained: Pretrained
-    ) -> Features:
-        loader = center_loader(
-            beton, size, self.crop_fraction, self.batch_size, self.device, self.loader
+        self, sets: Sets, encoder: LoadedEncoder | None, baseline: bool
+    ) -> tuple[dict[str, tuple[Features, Features]], dict[str, Any]]:
+        """Depth -> features of train and val, and what the protocol says of them."""
+        assert isinstance(sets.train, Beton) and isinstance(sets.val, Beton)
+        if encoder is None:
+            train, val = (self.extractor.raw(beton) for beton in (sets.train, sets.val))
+            return {"h": (train, val)}, self.extractor.raw_about()
+        mean, std = normalization(self.normalize, encoder, sets.train)
+        has = depths_of(encoder.module, encoder.projector)
+        wanted = has if ALL in self.depths else self.depths
+        if baseline:
+            wanted = [depth for depth in wanted if depth in has]
+        ours, theirs = (
+            self.extractor.encode(beton, encoder, wanted, (mean, std))
+            for beton in (sets.train, sets.val)
         )
-        with closing(loader):
-            if encoder is None:
-                return pixels(loader, self.device)
-            return features(
-                encoder, loader, mean=pretrained.mean, std=pretrained.std, device=self.device
-            )
-
-
-def center_loader(
-    beton: Beton,
-    size: int,
-    crop_fraction: float,
-    batch_size: int,
-    device: torch.device,
-    more: Mapping[str, Any],
-) -> Loader:
-    """Each image of ``beton`` once, in order, as its center crop; ``more``: of ``open_loader``."""
-    return open_loader(
-        beton,
-        [Center(size, crop_fraction)],
-        min(batch_size, len(beton)),
-        device=device,
-        shuffle=False,
-        drop_last=False,
-        **more,
-    )
-
-
-def describe(beton: Beton) -> dict[str, Any]:
-    return {"file": str(beton.path), "content": beton.manifest.content, "images": len(beton)}
+        about = self.extractor.about() | {
+            "encoder": {**encoder.about, "weights": encoder.weights},
+            "mean": list(mean),
+            "std": list(std),
+        }
+        return {depth: (ours[depth], theirs[depth]) for depth in ours}, about

@@ -14,10 +14,10 @@ from fastproj.core.table import Table
 
 if TYPE_CHECKING:
     from fastproj.loaders.base import Batch, Loader
-    from fastproj.loaders.boxes import Center, Crop
+    from fastproj.loaders.boxes import Center, Crop, Five
     from fastproj.loaders.choose import open_loader
 
-__all__ = ["ENGINES", "Batch", "Center", "Crop", "Loader", "open_loader"]
+__all__ = ["ENGINES", "Batch", "Center", "Crop", "Five", "Loader", "open_loader"]
 
 ENGINES = Table(
     "data.engine",
@@ -35,7 +35,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "base": ["Batch", "Loader"],
-        "boxes": ["Center", "Crop"],
+        "boxes": ["Center", "Crop", "Five"],
         "choose": ["open_loader"],
     },
 )

@@ -43,6 +43,17 @@ class Center:
     num_views: int = 1
 
 
+@dataclass(frozen=True)
+class Five(Center):
+    """Five such squares per image, as torchvision's ``FiveCrop`` orders them.
+
+    Top left, top right, bottom left, bottom right, center. With ``crop_fraction`` 1 the five of a
+    square image are one.
+    """
+
+    num_views: int = 5
+
+
 def draw(
     crops: Sequence[Crop | Center], beton: Beton, positions: np.ndarray, seed: int, epoch: int
 ) -> list[np.ndarray]:
@@ -56,7 +67,8 @@ def draw(
     boxes, view = [], 0
     for crop in crops:
         if isinstance(crop, Center):
-            box = np.broadcast_to(_center(crop, width, height), (crop.num_views, len(index), 4))
+            squares = _five if isinstance(crop, Five) else _center
+            box = np.broadcast_to(squares(crop, width, height), (crop.num_views, len(index), 4))
         else:
             views = np.arange(view, view + crop.num_views)[:, None]
             key = _address(seed, epoch, index[None], views)
@@ -138,6 +150,16 @@ def _fallback(crop: Crop, width: np.ndarray, height: np.ndarray) -> np.ndarray:
 def _center(center: Center, width: np.ndarray, height: np.ndarray) -> np.ndarray:
     side = np.maximum(np.rint(np.minimum(width, height) * center.crop_fraction).astype(np.int64), 1)
     return np.stack([(height - side) // 2, (width - side) // 2, side, side], -1)
+
+
+def _five(five: Center, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """(5, B, 4): the corners, then the center."""
+    center = _center(five, width, height)
+    box = np.stack([center] * 5)
+    bottom, right = height - center[:, 2], width - center[:, 3]
+    for view, (top, left) in enumerate(((0, 0), (0, right), (bottom, 0), (bottom, right))):
+        box[view, :, 0], box[view, :, 1] = top, left
+    return box
 
 
 def _to_stored(

@@ -1,6 +1,6 @@
 """Encoders: torchvision's ResNets without their classifier, and one small enough for a CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
 from torch import nn
@@ -27,12 +27,16 @@ class Encoder(nn.Sequential):
         self.num_features = num_features
 
 
-def _from_torchvision(build: Callable[..., ResNet], stem: str) -> Encoder:
-    layers = dict(build(weights=None).named_children())
+def from_torchvision(resnet: ResNet, stem: str, padding: int = 2) -> Encoder:
+    """``resnet`` without its classifier ``fc``, with one of the stems of ``build_encoder``.
+
+    ``padding`` is that of the CIFAR stem's convolution: 2 as in the authors' code
+    (PKU-ML/Projector_Theory), where a 32×32 image becomes 34×34.
+    """
+    layers = dict(resnet.named_children())
     features = layers.pop("fc").in_features
     if stem == "cifar":
-        # Padding 2 as in the authors' code (PKU-ML/Projector_Theory): a 32×32 image becomes 34×34.
-        layers["conv1"] = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+        layers["conv1"] = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
         layers["maxpool"] = nn.Identity()
     return Encoder({**layers, "flatten": nn.Flatten()}, features)
 
@@ -44,17 +48,17 @@ SMALL_WIDTHS = (16, 64, 128, 256)
 
 def resnet18(stem: str) -> Encoder:
     """torchvision's ResNet-18: 11.2 million parameters, 512 features."""
-    return _from_torchvision(models.resnet18, stem)
+    return from_torchvision(models.resnet18(weights=None), stem)
 
 
 def resnet34(stem: str) -> Encoder:
     """torchvision's ResNet-34: 21.3 million parameters, 512 features."""
-    return _from_torchvision(models.resnet34, stem)
+    return from_torchvision(models.resnet34(weights=None), stem)
 
 
 def resnet50(stem: str) -> Encoder:
     """torchvision's ResNet-50: 23.5 million parameters, 2048 features."""
-    return _from_torchvision(models.resnet50, stem)
+    return from_torchvision(models.resnet50(weights=None), stem)
 
 
 def resnet_small(stem: str) -> Encoder:

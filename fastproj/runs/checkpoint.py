@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, checked when read, the last few kept."""
 
+import argparse
 import re
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastproj.core.files import replacing, writing
 
 # torch reads nothing of a record with this bit; its tensor is then whatever the memory held.
 DOS_FOLDER = 0x10
+ZIP = b"PK\x03\x04"  # how every file of torch.save begins, since torch 1.6
 
 
 def step_path(folder: str | Path, step: int) -> Path:
@@ -54,22 +56,44 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: {_others(path, 'give')}")
     try:
-        with zipfile.ZipFile(path) as records:
-            if damaged := records.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-            for record in records.infolist():
-                if record.external_attr & DOS_FOLDER:
-                    raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
+    except DamagedError as error:
+        fix = _others(path, "delete it and resume from")
+        raise InputError(f"{path} is damaged or no checkpoint ({error}): {fix}") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint of ours: {_others(path, 'give')}")
+    return state
+
+
+class DamagedError(Exception):
+    """A file that cannot be read whole; the message is the reason alone."""
+
+
+def read(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, its tensors on the CPU, checked as ``load`` says.
+
+    Also reads torch's format before 1.6, which has no checksums, and ``argparse.Namespace``
+    (DINO's checkpoints hold one). Raises ``DamagedError``, and ``PermissionError``.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(len(ZIP)) == ZIP
+        if zipped:
+            with zipfile.ZipFile(path) as records:
+                if damaged := records.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+                for record in records.infolist():
+                    if record.external_attr & DOS_FOLDER:
+                        raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # zipfile, zlib and the unpickler meet damage with a dozen types.
         reason = str(error).partition("\n")[0] or type(error).__name__
-        fix = _others(path, "delete it and resume from")
-        raise InputError(f"{path} is damaged or no checkpoint ({reason}): {fix}") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} is no checkpoint of ours: {_others(path, 'give')}")
-    return state
+        if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            reason = f"it holds {code[1]}, which is more than tensors, numbers and text"
+        raise DamagedError(reason) from error
 
 
 def _others(path: Path, verb: str) -> str:

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fastproj.core.errors import SettingError
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import RUN, Settings, load
+from fastproj.settings.schema import Schema
+
+S = TypeVar("S", bound=Settings)
 
 
 def open_run(argv: Sequence[str], prog: str, description: str) -> tuple[RunFolder, Settings]:
@@ -15,17 +19,32 @@ def open_run(argv: Sequence[str], prog: str, description: str) -> tuple[RunFolde
     ``SettingError`` where there is not exactly one folder and where a setting is wrong, and
     ``InputError`` where the folder is no run.
     """
+    run, settings = open_run_or_none(RUN, argv, prog, description, ())
+    assert run is not None
+    return run, settings
+
+
+def open_run_or_none(
+    schema: Schema[S], argv: Sequence[str], prog: str, description: str, instead: Sequence[str]
+) -> tuple[RunFolder | None, S]:
+    """The same, and without a folder where ``argv`` has one of the options ``instead``.
+
+    Settings then come from ``--cfg`` and ``argv`` alone.
+    """
     if "--help" in argv or "-h" in argv:
-        load(RUN, ["--help"], prog, description, config=Path())
+        load(schema, ["--help"], prog, description, config=Path())
     folders, options = _split(argv)
+    if not folders and {option.partition("=")[0] for option in options} & {*instead}:
+        return None, load(schema, options, prog, description)
     if len(folders) != 1:
         given = " ".join(folders) if folders else "none"
+        other = f", or {instead[0]} and no folder" if instead else ""
         raise SettingError(
-            f"command line: give one run folder, not {given}: {prog} runs/NAME "
+            f"command line: give one run folder, not {given}{other}: {prog} runs/NAME "
             "[--section.name VALUE ...]"
         )
     run = RunFolder.open(folders[0])
-    return run, load(RUN, options, prog, description, config=run.config)
+    return run, load(schema, options, prog, description, config=run.config)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

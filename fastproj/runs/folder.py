@@ -1,6 +1,7 @@
 """The folder of a run: the only place that knows the names of the files in it."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,15 @@ class RunFolder:
         """The scores of the probes."""
         return self.path / "eval.json"
 
-    def predictions(self, encoder: str, probe: str) -> Path:
-        """The classes that a probe predicted for the validation images."""
-        return self.path / "features" / f"{encoder}-{probe}-predictions.npy"
+    @property
+    def features(self) -> Path:
+        """The folder of cached features and of the probes' predictions."""
+        return self.path / "features"
+
+    def predictions(self, data: str, encoder: str, probe: str) -> Path:
+        """The classes that a probe predicted for the validation images of the set ``data``."""
+        words = "-".join((data, encoder, probe, "predictions"))
+        return self.features / f"{re.sub(r'[^0-9A-Za-z_.-]', '-', words)}.npy"
 
     @property
     def curves(self) -> Path:

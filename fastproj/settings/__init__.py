@@ -18,14 +18,16 @@ from fastproj.settings.commands import (
     stored,
 )
 from fastproj.settings.read import load
-from fastproj.settings.run import RUN, Settings
+from fastproj.settings.run import EMBED, RUN, EmbedSettings, Settings
 
 __all__ = [
     "BENCH",
     "DEMO",
+    "EMBED",
     "PREPARE",
     "RUN",
     "BenchSettings",
+    "EmbedSettings",
     "PrepareSettings",
     "Settings",
     "load",

@@ -15,6 +15,7 @@ from fastproj.settings.checkers import (
     OrNull,
     Schedule,
     Text,
+    Texts,
 )
 from fastproj.settings.schema import Declared, Loaded, Needs, Options, Schema, options, setting
 
@@ -296,9 +297,38 @@ class Train:
 class Eval:
     """frozen features and their probes"""
 
-    checkpoint: str = setting(File(), "checkpoint file, or last: the run's newest", "last")
-    size: int | None = setting(OrNull(Int(8)), "side of the center crop, pixels; null: views.size")
-    crop_fraction: float = setting(_area, "center crop, fraction of the shorter side", 1.0)
+    checkpoint: str = setting(
+        File(), "checkpoint file, also of another library; last: the run's newest", "last"
+    )
+    encoder: str | None = setting(
+        OrNull(Text()),
+        "architecture: timm:NAME, torchvision:NAME or package.module:function; null: what the"
+        " checkpoint says, or a ResNet that its weights show",
+    )
+    normalize: str = setting(
+        Choice("encoder", "data", "imagenet"),
+        "mean and std of images; encoder: what it expects, or data's where it does not say",
+        "encoder",
+    )
+    depths: tuple[str, ...] = setting(
+        Texts(), "features probed: layer1 to layer4, h, hidden1 and so on, z; or all", ("h",)
+    )
+    sets: tuple[str, ...] | None = setting(
+        OrNull(Texts()), "further folders of train.beton and val.beton, for transfer"
+    )
+    out: str | None = setting(
+        OrNull(File()), "folder of the results; null: the run folder, needed without one"
+    )
+    cache: bool = setting(Bool(), "keep features on the disk, in features/ of that folder", True)
+    size: int | None = setting(
+        OrNull(Int(8)), "side of a crop, pixels; null: the encoder's own, or views.size"
+    )
+    crops: str = setting(
+        Choice("center", "five", "ten"),
+        "per image; five: corners and center, ten: mirrored too; their features are averaged",
+        "center",
+    )
+    crop_fraction: float = setting(_area, "side of a crop, fraction of the shorter side", 1.0)
     baselines: bool = setting(Bool(), "probe raw pixels and a random encoder as well", False)
     batch_size: int = setting(_count, "images in one forward pass", 512)
     probes: tuple[str, ...] = setting(
@@ -357,5 +387,34 @@ RUN = Schema(
         "evaluate": ("run.seed", "run.device", "data", "views.size", "eval"),
         "report": (),
         "export": ("eval.checkpoint",),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Embed:
+    """which set, and where its features go"""
+
+    data: str | None = setting(OrNull(File()), "beton to embed; null: data.train")
+    out: str | None = setting(OrNull(File()), "file to write, .npz or .safetensors")
+
+
+@dataclass(frozen=True)
+class EmbedSettings(Settings):
+    """A run's settings, and those of ``fastproj embed``."""
+
+    embed: Embed
+
+
+EMBED = Schema(
+    EmbedSettings,
+    readers={
+        **RUN.readers,
+        "embed": (
+            *("run.device", "views.size", "embed"),
+            *("data.train", "data.engine", "data.workers", "data.memory_share"),
+            *(f"eval.{name}" for name in ("checkpoint", "encoder", "normalize", "depths", "size")),
+            *(f"eval.{name}" for name in ("crops", "crop_fraction", "batch_size")),
+        ),
     },
 )

@@ -1,0 +1,123 @@
+"""An encoder to evaluate, from any checkpoint: ours, or another library's."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastproj.core.errors import InputError
+from fastproj.evaluation.architectures import Architecture, build_architecture, is_resnet, of_resnet
+from fastproj.evaluation.pretrained import (
+    Pretrained,
+    is_checkpoint,
+    is_export,
+    load_pretrained,
+    of_checkpoint,
+)
+from fastproj.evaluation.weights import as_state, describe, find_weights, groups, read_weights
+from fastproj.models.encoders import build_encoder
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder with its weights, on the CPU, and what it expects of images.
+
+    ``module``: images (B, 3, h, w) -> features (B, d). ``projector``: features -> projections,
+    where the file has one. ``about``: what the protocol says of it. ``weights``: where they are
+    from, in one line. ``mean`` and ``std``: per channel, of pixels in [0, 1]; None where nothing
+    says. ``size``: side of its images, pixels, or None. ``step`` and ``epoch``: how long it was
+    trained, or None. ``build``: the same architecture with new random weights.
+    """
+
+    module: nn.Module
+    about: Mapping[str, Any]
+    weights: str
+    build: Callable[[], nn.Module]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    projector: nn.Module | None = None
+    step: int | None = None
+    epoch: int | None = None
+
+    def at_random(self, seed: int) -> "LoadedEncoder":
+        """The same encoder as initialized from ``seed``, without a projector."""
+        torch.manual_seed(seed)
+        weights = f"as initialized from seed {seed}"
+        return LoadedEncoder(
+            self.build(), self.about, weights, self.build, self.mean, self.std, self.size
+        )
+
+
+def load_encoder(
+    path: Path | None, name: str | None = None, size: int | None = None
+) -> LoadedEncoder:
+    """The encoder with the weights in the file ``path``, of the architecture ``name``.
+
+    ``name`` None: what a checkpoint or export of ours says, or a ResNet that the weights show.
+    Otherwise as ``build_architecture`` takes it. ``path`` None: a function's module keeps the
+    weights that it comes with. ``size``: side of the images, pixels.
+
+    Raises ``InputError`` for a file that is missing, damaged or of another architecture, and
+    ``SettingError`` for a name that does not exist.
+    """
+    if name is not None:
+        built = build_architecture(name, size)
+        again = partial(build_architecture, name, size)
+        if path is not None:
+            return _with_weights(built, again, path, read_weights(path))
+        if not built.has_weights:
+            raise InputError(
+                f"eval.encoder {name} has random weights: give its own as --eval.checkpoint FILE"
+            )
+        return _loaded(built, again, "as the function gives them")
+    assert path is not None  # a command finds one, or has refused
+    if is_export(path):
+        return _of_ours(load_pretrained(path))
+    state = read_weights(path)
+    if is_checkpoint(state):
+        return _of_ours(of_checkpoint(state))
+    group = next((g for g in groups(state, "conv1.weight") if is_resnet(g)), None)
+    if group is None:
+        raise InputError(
+            f"{path} is no export of fastproj, no checkpoint of fastproj.train, and no ResNet that "
+            "its weights show: give --eval.encoder timm:NAME, torchvision:NAME or "
+            "package.module:function"
+        )
+    # The first ResNet says the architecture; of all that fit it, ``find_weights`` takes the right.
+    again = partial(of_resnet, group)
+    return _with_weights(again(), again, path, state)
+
+
+def _with_weights(
+    built: Architecture, again: Callable[[], Architecture], path: Path, state: Mapping[str, Any]
+) -> LoadedEncoder:
+    wanted = built.module.state_dict()
+    group = find_weights(path, state, wanted)
+    built.module.load_state_dict(as_state(group, wanted))
+    return _loaded(built, again, f"{path}: {describe(group, wanted)}")
+
+
+def _loaded(built: Architecture, again: Callable[[], Architecture], weights: str) -> LoadedEncoder:
+    return LoadedEncoder(
+        built.module, built.about, weights, lambda: again().module, built.mean, built.std,
+        built.size,
+    )  # fmt: skip
+
+
+def _of_ours(found: Pretrained) -> LoadedEncoder:
+    return LoadedEncoder(
+        found.build(),
+        {"name": found.encoder, "stem": found.stem},
+        "of the checkpoint",
+        partial(build_encoder, found.encoder, found.stem),
+        found.mean,
+        found.std,
+        projector=found.build_projector(),
+        step=found.step,
+        epoch=found.epoch,
+    )
