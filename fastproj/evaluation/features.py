@@ -110,21 +110,23 @@ def _collect(
     name: str = "",
 ) -> Features:
     """One epoch of ``embed(images)``, checked: each image once, all values finite."""
-    ours = isinstance(loader, Loader)
-    if ours and not (len(loader.crops) == 1 and isinstance(loader.crops[0], Center)):
-        raise InputError("features take one crop per image: open the loader with one Center")
-    store = _InOrder(loader, device) if ours else _AsTheyCome()
-    images_here = len(loader.beton) // loader.order.world_size if ours else 0
-    shown = Progress(name, images_here) if name and dist.is_main() else nullcontext()
-    with shown as bar:
+    store: _InOrder | _AsTheyCome = _AsTheyCome()
+    bar = None
+    if isinstance(loader, Loader):
+        if not (len(loader.crops) == 1 and isinstance(loader.crops[0], Center)):
+            raise InputError("features take one crop per image: open the loader with one Center")
+        store = _InOrder(loader, device)
+        if name and dist.is_main():
+            bar = Progress(name, len(loader.beton) // loader.order.world_size)
+    with bar or nullcontext():
         for batch in loader:
             images, labels = _images_and_labels(batch)
             if not len(labels):
                 continue  # this rank's part of the last step may be empty
             values = torch.cat([_as_float(part, device, embed) for part in _parts(images, device)])
-            if values.ndim != 2 or len(values) % len(labels):
+            if values.ndim != 2 or len(values) != len(images):
                 raise InputError(
-                    f"{len(labels)} images became features of shape {tuple(values.shape)}: the "
+                    f"{len(images)} images became features of shape {tuple(values.shape)}: the "
                     "module must give (B, d); pool and flatten in it"
                 )
             values = values.float().unflatten(0, (-1, len(labels))).mean(0)  # over the crops

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.files import FeaturesFile, is_features_file, read_features
@@ -48,7 +49,7 @@ def open_sets(train: str, val: str, name: str | None = None) -> Sets:
     if is_features_file(train):
         ours, theirs = read_features(train), read_features(val)
         classes = int(ours.features.labels.max()) + 1 if len(ours.features) else 0
-        same, found = ours.sha256 == theirs.sha256, ours.path.stem
+        same, found = ours.sha256 == theirs.sha256, theirs.path.stem
     else:
         ours, theirs = open_beton(train), open_beton(val)
         for one, other in zip_longest(ours.classes, theirs.classes):
@@ -61,7 +62,7 @@ def open_sets(train: str, val: str, name: str | None = None) -> Sets:
         same = ours.manifest.content == theirs.manifest.content
     if classes < 2:
         raise InputError(f"{ours.path} has {classes} class: a probe needs at least 2")
-    if same:
+    if same and dist.is_main():
         print(
             f"note: {train} and {val} hold the same images: scores are those of training data",
             file=sys.stderr,

@@ -39,7 +39,7 @@ def write_environment(path: Path) -> None:
 
 def versions() -> dict[str, str | None]:
     """The version of each package that numbers depend on; None where it is not installed."""
-    packages = ("torch", "torchvision", "ffcv", "numba", "numpy")
+    packages = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy")
     return {"fastproj": __version__} | {name: installed(name) for name in packages}
 
 

@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import open_sources
 from fastproj.runs.folder import RunFolder
 from tests.support import betons
-from tests.support.ranks import on_ranks
 
 MODELS = """
 from torch import nn
@@ -30,10 +28,9 @@ def flat():
 def maps():
     return nn.Conv2d(3, 4, 1)
 """
-QUICK = (
-    "--run.device cpu --eval.epochs 3 --eval.probe_batch 32 --eval.learning_rates 0.1,0.2,0.3 "
-    "--eval.weight_decays 1e-3 --eval.knn_k 5 --views.size 8"
-).split()
+OPTIONS = """--run.device cpu --eval.epochs 3 --eval.probe_batch 32 --eval.weight_decays 1e-3
+    --eval.learning_rates 0.1,0.2,0.3 --eval.knn_k 5 --views.size 8"""
+QUICK = OPTIONS.split()
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +124,6 @@ def test_validation_images_that_are_the_training_images(
     assert "hold the same images: scores are those of training data" in capsys.readouterr().err
 
 
-def two(house: Path, out: Path) -> list:
-    """The command on one rank of several; nothing is returned, files are compared."""
-    sys.path.insert(0, str(house))
-    command.main(arguments(house, out, "--eval.encoder", "evaluated_models:flat"))
-    return []
-
-
-def test_two_ranks_write_one_table(house: Path, tmp_path: Path, flat: list[str]) -> None:
-    alone = rows(house, tmp_path / "one", *flat)
-    on_ranks(2, partial(two, house, tmp_path / "two"), tmp_path)
-    shared = read_evaluation(RunFolder(tmp_path / "two")).rows
-    assert [r.metrics for r in shared] == [r.metrics for r in alone]
-    assert len(shared) == 2
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -152,7 +134,10 @@ def test_two_ranks_write_one_table(house: Path, tmp_path: Path, flat: list[str])
         ([], "no run folder: give --eval.checkpoint FILE"),
         (["--eval.encoder", "evaluated_models:flat", "--eval.depths", "z"], "has no z; it has h"),
         (["--eval.encoder", "evaluated_models:flat", "--eval.crops", "ten"], "all the same"),
-        (["--eval.encoder", "evaluated_models:flat", "--eval.sets", "nowhere"], "no folder nowhere"),
+        (
+            ["--eval.encoder", "evaluated_models:flat", "--eval.sets", "nowhere"],
+            "no folder nowhere",
+        ),
         (["--data.val", "some.npz"], "give two betons or two features files"),
     ],
 )
@@ -181,7 +166,7 @@ def test_labels_outside_the_classes(tmp_path: Path) -> None:
                         ("c", "features are 4 and 3 wide")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             command.main(["--data.train", f"{tmp_path}/a.npz", "--data.val",
-                          f"{tmp_path}/{name}.npz", "--eval.out", str(tmp_path / "out")])  # fmt: skip
+                          f"{tmp_path}/{name}.npz", "--eval.out", f"{tmp_path}/out"])  # fmt: skip
 
 
 def test_neither_a_run_nor_a_folder_for_the_results() -> None:
@@ -215,9 +200,7 @@ def test_timm_missing_says_how_to_install_it(
         dispatch(["evaluate", *options])
 
 
-def test_a_linear_module_is_embedded_exactly(
-    house: Path, tmp_path: Path, flat: list[str]
-) -> None:
+def test_a_linear_module_is_embedded_exactly(house: Path, tmp_path: Path, flat: list[str]) -> None:
     embed.main(["--data.train", f"{house}/train.beton", "--views.size", "8", *flat,
                 "--eval.normalize", "imagenet", "--embed.out", f"{tmp_path}/a.npz"])  # fmt: skip
     digits = next(iter(open_sources("digits", None, "all", False))).images[:60]

@@ -1,8 +1,7 @@
-"""Features at several depths, crops and ranks, folded and kept, against plain loops."""
+"""Features at several depths and crops, folded and kept, against plain loops."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 
-from fastproj.core import dist
 from fastproj.core.errors import InputError
-from fastproj.data.beton import Beton, open_beton
+from fastproj.data.beton import Beton
 from fastproj.evaluation import extract
 from fastproj.evaluation.cache import Cache, digest
 from fastproj.evaluation.depths import AtDepths, depths_of
@@ -26,7 +24,6 @@ from fastproj.models.frozen import frozen
 from fastproj.models.projector import build_projector
 from fastproj.prepare.encode import Store
 from tests.support import betons
-from tests.support.ranks import on_ranks
 
 CPU = torch.device("cpu")
 NORM = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
@@ -156,7 +153,7 @@ def test_five_crops_of_a_photograph_lie_in_its_corners(tmp_path: Path) -> None:
     from fastproj.loaders.boxes import draw
 
     source = betons.photographs(np.random.default_rng(0), tmp_path / "photos", 3)
-    beton = betons.write(source, tmp_path, Store("jpeg"))
+    beton = betons.write(source, tmp_path, Store("jpeg", quality=90))
     (boxes,) = draw([Five(8, 0.5)], beton, np.arange(3), seed=0, epoch=0)
     for image, (width, height) in enumerate(zip(beton.width, beton.height, strict=True)):
         side = round(min(width, height) * 0.5)
@@ -224,25 +221,3 @@ def test_the_digest_sees_weights_names_and_structure() -> None:
     digests = {digest(line), digest(nn.Sequential(line)), digest(line.bfloat16())}
     nn.init.ones_(line.weight)
     assert len({*digests, digest(line)}) == 4
-
-
-def embed(path: Path, batch_size: int) -> list[Tensor]:
-    """What each rank computes, and how many images it did itself."""
-    seen = []
-    encoder = small()
-    encoder.register_forward_hook(lambda m, i, output: seen.append(len(output)))
-    module = loaded(encoder)
-    extractor = Extractor(SIDE, CPU, batch_size=batch_size, loader={"workers": 1})
-    found = extractor.encode(open_beton(path), module, ["h"], NORM)["h"]
-    return [found.features, found.labels, torch.tensor(sum(seen)), torch.tensor(dist.rank())]
-
-
-@pytest.mark.parametrize("batch_size", [4, 20])
-def test_two_ranks_share_the_images(beton: Beton, tmp_path: Path, batch_size: int) -> None:
-    alone = embed(beton.path, batch_size)
-    ranks = on_ranks(2, partial(embed, beton.path, batch_size), tmp_path)
-    assert sum(int(rank[2]) for rank in ranks) == COUNT == alone[2]
-    assert all(rank[2] > 0 for rank in ranks)
-    for rank in ranks:
-        torch.testing.assert_close(rank[0], alone[0], rtol=1e-6, atol=1e-6)
-        assert torch.equal(rank[1], alone[1])
