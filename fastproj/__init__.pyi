@@ -19,6 +19,7 @@ from .loaders.base import Batch as Batch
 from .loaders.base import Loader as Loader
 from .loaders.boxes import Center as Center
 from .loaders.boxes import Crop as Crop
+from .loaders.boxes import Five as Five
 from .loaders.choose import open_loader as open_loader
 from .models.encoders import build_encoder as build_encoder
 from .models.projector import build_projector as build_projector

@@ -2,8 +2,8 @@
 
 ``fastproj doctor`` tries everything that fastproj uses, in the way fastproj uses it, and prints one
 line for each. The exit code is 0 if the main job (images to a table of accuracies) can run here and
-1 if something that it needs is missing. A GPU, a compiler and the extras (FFCV, matplotlib, DALI)
-are optional: they are shown, and their absence is no failure.
+1 if something that it needs is missing. A GPU, a compiler and the extras (FFCV, matplotlib, DALI,
+timm) are optional: they are shown, and their absence is no failure.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -212,6 +212,11 @@ def matplotlib() -> str:
     return str(_load("matplotlib", _set_up("report")).__version__)
 
 
+def timm() -> str:
+    """Its models are what ``eval.encoder timm:NAME`` evaluates."""
+    return str(_load("timm", _set_up("timm")).__version__)
+
+
 def compiler() -> str:
     """Compile what torch.compile writes for a CPU: C++ that includes Python.h, with OpenMP."""
     name = os.environ.get("CXX", "g++")
@@ -242,6 +247,7 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
     ("matplotlib", matplotlib, False),
     ("FFCV", ffcv, False),
     ("DALI", dali, False),
+    ("timm", timm, False),
     ("compiler", compiler, False),
 )
 
