@@ -129,7 +129,7 @@ def find_checkpoint(run: RunFolder | None, settings: Settings) -> Path:
     """The file that ``eval.checkpoint`` names; ``last`` is the newest checkpoint in ``run``."""
     if settings.eval.checkpoint != "last":
         return Path(settings.eval.checkpoint)
-    newest = run and checkpoint.latest(run.checkpoints)
+    newest = checkpoint.latest(run.checkpoints) if run else None
     if newest is None:
         where = f"{run.path} holds no checkpoint: train first, or" if run else "no run folder:"
         raise InputError(f"{where} give --eval.checkpoint FILE")

@@ -103,7 +103,7 @@ def _of_timm(name: str, size: int | None) -> Architecture:
         right = nearest(name, timm.list_models())
         raise SettingError(f"eval.encoder: timm has no {name!r}; did you mean {right!r}?")
     model = timm.create_model(name, pretrained=False, num_classes=0)
-    says = model.pretrained_cfg
+    says: Any = model.pretrained_cfg
     own = says["input_size"][-1]
     if size not in (None, own) and "img_size" in inspect.signature(type(model)).parameters:
         model = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)

@@ -52,7 +52,8 @@ class AtDepths(nn.Module):
 
         def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
             if output.ndim != 4:
-                raise InputError(f"eval.depths: {name} gives {tuple(output.shape)}, no (B, c, h, w)")
+                shape = tuple(output.shape)
+                raise InputError(f"eval.depths: {name} gives {shape}, not (B, c, h, w)")
             found[name] = output.mean((2, 3))
 
         hooks = [

@@ -80,7 +80,7 @@ class Extractor:
         kept = self._kept(keys)
         if dist.from_main("kept" if kept else "") == "kept":
             return kept
-        module.to(self.device, memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last).to(self.device)
         with closing(self._open(beton, dist.rank(), dist.world_size())) as loader:
             found = features(
                 module,

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,12 +93,13 @@ def write_features(path: str | Path, features: Features, about: Mapping[str, str
     }
     with replacing(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(file, **arrays)
         else:
             file.write(save(tensors, metadata=dict(about)))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".npy":
         files = {"features": path, "labels": path.with_name(f"{path.stem}-labels.npy")}
         arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items()}
@@ -105,8 +107,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             names = [name for name in PARTS if name in archive]
-            found = {name: torch.from_numpy(archive[name]) for name in names}
-            return found if len(names) == len(PARTS) else dict.fromkeys(archive) | found
+            return dict.fromkeys(archive) | {n: torch.from_numpy(archive[n]) for n in names}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -81,7 +81,7 @@ def load_encoder(
     state = read_weights(path)
     if is_checkpoint(state):
         return _of_ours(of_checkpoint(state))
-    group = next((g for g in groups(state, "conv1.weight") if is_resnet(g)), None)
+    group = next((g for g in groups(state) if is_resnet(g)), None)
     if group is None:
         raise InputError(
             f"{path} is no export of fastproj, no checkpoint of fastproj.train, and no ResNet that "

@@ -28,6 +28,9 @@ TORCHVISION_CHILDREN = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "
 LIGHTLY_CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 
+CONV = "conv1.weight"  # the first of a ResNet's names
+
+
 def _numbered(children: tuple[str, ...]) -> Callable[[str], str]:
     def rename(name: str) -> str:
         number, dot, rest = name.partition(".")
@@ -105,8 +108,8 @@ def find_weights(path: Path, state: Mapping[str, Any], wanted: State) -> Group:
     best = max(groups(state, anchor), key=lambda group: _score(group, wanted), default=None)
     if best is None:
         raise InputError(
-            f"{path}: 0 of {len(wanted)} weights match, none is called {anchor}: it holds another "
-            f"architecture; its first names are {_first(_names(state))}"
+            f"{path}: 0 of {len(wanted)} weights match, none is called {anchor}: give the "
+            f"architecture that it was saved from; its first names are {_first(_names(state))}"
         )
     unfit = {name: _difference(best, name, wanted[name]) for name in wanted}
     unfit = {name: why for name, why in unfit.items() if why}
@@ -117,17 +120,19 @@ def find_weights(path: Path, state: Mapping[str, Any], wanted: State) -> Group:
     if unfit_and_more:
         name, why = next(iter(unfit_and_more.items()))
         raise InputError(
-            f"{path}: only {len(wanted) - len(unfit)} of {len(wanted)} weights match ({best}) and "
+            f"{path}: only {_score(best, wanted)[0]} of {len(wanted)} weights match ({best}) and "
             f"{len(more)} are too many: {name} {why}: give the architecture that it was saved from "
             "as --eval.encoder"
         )
     return best
 
 
-def groups(state: Mapping[str, Any], anchor: str = "conv1.weight") -> Iterator[Group]:
-    """Every group of tensors that has a name ending in ``anchor``, in every layout."""
+def groups(state: Mapping[str, Any], anchor: str = CONV) -> Iterator[Group]:
+    """Every group of tensors that has a name ending in ``anchor``, in every layout of a ResNet."""
     for key, tensors in _tensors("", state):
         for layout, (rename, first) in LAYOUTS.items():
+            if first and anchor != CONV:
+                continue
             end = first or anchor
             ends = [name for name in tensors if name == end or name.endswith(f".{end}")]
             for prefix in dict.fromkeys(name.removesuffix(end) for name in ends):
@@ -168,7 +173,8 @@ def _names(state: Mapping[str, Any]) -> list[str]:
 
 
 def _score(group: Group, wanted: State) -> tuple[int, int, int]:
-    fits = sum(not _difference(group, name, tensor) for name, tensor in wanted.items())
+    tensors = group.tensors
+    fits = sum(n in tensors and tensors[n].shape == t.shape for n, t in wanted.items())
     second = sum(word in f"{group.key}.{group.prefix}" for word in SECOND_CHOICE)
     return fits, -second, -len(group.prefix)
 
