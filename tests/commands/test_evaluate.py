@@ -133,6 +133,19 @@ def test_the_random_encoder_is_the_one_pre_training_started_from(root):
     assert chosen[0] != chosen[1]
 
 
+def test_depths_of_a_run_are_rows_and_a_baseline_has_no_projector(root):
+    found = rows(root, *BASELINES, "--eval.depths", "h,hidden1,z")
+    names = ["pixels", "random", "pre-trained", "pre-trained/hidden1", "pre-trained/z"]
+    assert [row.encoder for row in found[::2]] == names
+    widths = [row.protocol["features"]["width"] for row in found[::2]]
+    assert widths == [192, 256, 256, 32, 16]
+    assert found[-1].predictions == "features/test-pre-trained-z-knn-predictions.npy"
+    again = rows(root, "--eval.depths", "z")  # from features/, computed by the call before
+    assert [row.metrics for row in again] == [row.metrics for row in found[-2:]]
+    assert len(list((root / "moved/features").glob("*.pt"))) == 2 + 3 * 2
+    _fails(root, "has no hidden2; it has layer1, ", "--eval.depths", "hidden2")
+
+
 def test_the_command_prints_the_table(root, capsys):
     main([str(root / "moved")])
     out = capsys.readouterr().out.splitlines()
