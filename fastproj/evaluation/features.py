@@ -15,7 +15,7 @@ from fastproj.loaders import Batch, Center, Loader
 from fastproj.models.frozen import frozen
 from fastproj.prepare.progress import Progress
 
-# Images in one forward pass on a CPU, so that activations stay in its caches.
+# Images in one forward pass on a CPU, so that activations stay in its caches: see ``fold``.
 CACHED_IMAGES = 64
 
 
