@@ -1,9 +1,9 @@
 """Batch norm folded into the convolutions before it: the same features by fewer operations.
 
-Small ResNet, 32 px, 64 images at once, one thread of an Intel Xeon with AVX-512 bfloat16 and no AMX:
-1,242 images per second of processor time, against 1,058 unfolded, 256 at once (medians of 5 turns on
-a busy machine). bfloat16 is slower there (860); torch.compile with frozen weights gives 1,293, but
-takes 9 to 14 s to compile.
+Small ResNet, 32 px, 64 images at once, one thread of an Intel Xeon (AVX-512 bfloat16, no AMX):
+1,242 images per second of processor time, against 1,058 unfolded and 256 at once (medians of 5
+turns on a busy machine). bfloat16 is slower there (860); torch.compile with frozen weights gives
+1,293, but takes 9 to 14 s to compile.
 """
 
 import copy
