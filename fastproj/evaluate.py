@@ -185,9 +185,7 @@ def _protocol(
         open_extractor(settings, device, encoder, cache),
         depths=how.depths,
         normalize=how.normalize,
-        probes={
-            name: _arguments(name, how.options, settings.run.seed) for name in how.probes
-        },
+        probes={name: _arguments(name, how.options, settings.run.seed) for name in how.probes},
     )
 
 

@@ -25,8 +25,9 @@ from fastproj.core.errors import InputError
 from fastproj.core.files import write_text
 from fastproj.core.interruption import Interruption
 from fastproj.core.machine import keep_freed_memory
+from fastproj.data.beton import Beton
 from fastproj.evaluation.online import OnlineAccuracy
-from fastproj.evaluation.protocol import open_sets
+from fastproj.evaluation.sets import open_sets
 from fastproj.runs import checkpoint
 from fastproj.runs.environment import write_environment
 from fastproj.runs.folder import RunFolder
@@ -156,10 +157,11 @@ def _online(settings: Settings) -> OnlineAccuracy | None:
             "data.val is missing: train.online_every scores the run on it; give --data.val FILE, "
             "or --train.online_every 0"
         )
-    train, val = open_sets(data.train, data.val)
+    sets = open_sets(data.train, data.val)
+    assert isinstance(sets.train, Beton) and isinstance(sets.val, Beton)  # it trains on one
     return OnlineAccuracy(
-        train,
-        val,
+        sets.train,
+        sets.val,
         size=how.size or settings.views.size,
         crop_fraction=how.crop_fraction,
         batch_size=how.batch_size,

@@ -28,7 +28,7 @@ TITLES = {
     "views": "Views: ready crops to SimCLR views",
     "heads": "Heads: a training step of the sparse projector",
     "step": "Step: training, beside the same step on ready data",
-    "probe": "Probe: a grid of linear probes",
+    "probe": "Probe: linear probes",
     "start": "Start: building a loader to its first batch, in a new process (seconds: 1 / rate)",
     "growth": "Growth: rate and memory against workers, pixels, batch, latents and epochs",
 }
@@ -57,8 +57,8 @@ RATIOS = (
     Ratio("first batch of a loader", "start", "", "stream", "FFCV"),
     Ratio("training", "step", "", "", "the step on ready data"),
     Ratio("sparse head at the paper's size", "heads", "", "", "relu"),
-    Ratio("a grid of linear probes", "probe", "", "", "one by one"),
-    Ratio("the same", "probe", "", "", "scikit-learn"),
+    Ratio("a grid of linear probes", "probe", "epochs", "", "one by one"),
+    Ratio("logistic regression, 16 strengths", "probe", "strengths", "", "scikit-learn"),
 )
 
 HEAD = """\

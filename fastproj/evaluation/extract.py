@@ -81,7 +81,7 @@ class Extractor:
         if dist.from_main("kept" if kept else "") == "kept":
             return kept
         module.to(memory_format=torch.channels_last).to(self.device)
-        with closing(self._open(beton, dist.rank(), dist.world_size())) as loader:
+        with closing(self.open(beton, dist.rank(), dist.world_size())) as loader:
             found = features(
                 module,
                 loader,
@@ -100,7 +100,7 @@ class Extractor:
 
     def raw(self, beton: Beton) -> Features:
         """The pixels themselves as features, of one center crop of at most ``PIXELS`` a side."""
-        with closing(self._raw()._open(beton)) as loader:
+        with closing(self._raw().open(beton)) as loader:
             return pixels(loader, self.device)
 
     def raw_about(self) -> dict[str, Any]:
@@ -129,7 +129,8 @@ class Extractor:
             found[depth] = Features(one.features.to(self.device), one.labels.to(self.device))
         return found
 
-    def _open(self, beton: Beton, rank: int = 0, world_size: int = 1) -> Loader:
+    def open(self, beton: Beton, rank: int = 0, world_size: int = 1) -> Loader:
+        """A loader of this rank's part of the crops, each image once and in order."""
         kind = Center if self.crops == "center" else Five
         return open_loader(
             beton,

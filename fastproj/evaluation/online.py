@@ -16,10 +16,11 @@ from torch import nn
 
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
+from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.probes.common import ranks
 from fastproj.evaluation.probes.neighbors import knn
-from fastproj.evaluation.protocol import center_loader, describe
+from fastproj.evaluation.sets import describe
 from fastproj.models.frozen import frozen
 
 
@@ -79,9 +80,7 @@ class OnlineAccuracy:
             train, val = (
                 self._features(beton, encoder, device) for beton in (self.train, self.val)
             )
-        nearest = knn(
-            train, val, len(self.train.classes), k=self.k, temperature=self.temperature
-        )
+        nearest = knn(train, val, len(self.train.classes), k=self.k, temperature=self.temperature)
         return {
             **top_1_and_5(probe, val),
             "online_knn_top1": nearest.metrics["top1"],
@@ -98,11 +97,15 @@ class OnlineAccuracy:
         }
 
     def _features(self, beton: Beton, encoder: nn.Module, device: torch.device) -> Features:
-        loader = center_loader(
-            beton, self.size, self.crop_fraction, self.batch_size, device, self.loader
+        extractor = Extractor(
+            self.size,
+            device,
+            self.crop_fraction,
+            batch_size=self.batch_size,
+            loader=self.loader,
         )
         stored = self.train.manifest
-        with closing(loader):
+        with closing(extractor.open(beton)) as loader:
             return features(encoder, loader, mean=stored.mean, std=stored.std, device=device)
 
 

@@ -30,8 +30,8 @@ class Sets:
     def describe(self) -> dict[str, Any]:
         """What the protocol says of them."""
         return {
-            "train": _describe(self.train),
-            "val": _describe(self.val),
+            "train": describe(self.train),
+            "val": describe(self.val),
             "classes": self.num_classes,
         }
 
@@ -82,7 +82,8 @@ def open_folders(folders: Sequence[str]) -> list[Sets]:
     return found
 
 
-def _describe(part: Set) -> dict[str, Any]:
+def describe(part: Set) -> dict[str, Any]:
+    """What the protocol says of a set."""
     if isinstance(part, FeaturesFile):
         return {"file": str(part.path), "content": part.sha256, "images": len(part.features)}
     return {"file": str(part.path), "content": part.manifest.content, "images": len(part)}

@@ -101,7 +101,7 @@ def _why(schema: Schema, values: Mapping[str, Value], name: str) -> str:
     param = schema.params.get(name)
     if param and param.needs and not param.needs.holds(*(values[n] for n in param.needs.of)):
         return f"only where {param.needs.words}"
-    readers = " and ".join(schema.readers(section, short))
+    readers = " and ".join(schema.entries_with(section, short))
     also = f", and where {param.also.words}" if param and param.also else ""
     chosen = values[schema.choices[section]]
     names = " or ".join(map(str, chosen)) if isinstance(chosen, tuple) else chosen

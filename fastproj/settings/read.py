@@ -137,7 +137,7 @@ def _full_name(name: str, schema: Schema, plugins: Sequence[_Plugin]) -> str:
     found = [full for full in schema.params if full.split(".")[1] == name]
     if not found and "." not in name:  # a hyperparameter that only a plugin's entry names
         _load_plugins(plugins)
-        found = [f"{part}.{name}" for part in schema.choices if schema.readers(part, name)]
+        found = [f"{part}.{name}" for part in schema.choices if schema.entries_with(part, name)]
     if len(found) > 1:
         raise SettingError(f"{ARGV}: --{name} may be any of --{', --'.join(found)}")
     if not found:
@@ -150,7 +150,7 @@ def _refuse_unknown(schema: Schema, given: Sequence[Given]) -> None:
     """``SettingError`` for a hyperparameter that no entry names, plugins' entries included."""
     for item in given:
         section, _, short = item.name.partition(".")
-        if item.name in schema.params or schema.readers(section, short):
+        if item.name in schema.params or schema.entries_with(section, short):
             continue
         dashes, right = "--" if item.source == ARGV else "", nearest(item.name, schema.params)
         name = f"{dashes}{item.name}" if dashes else repr(item.name)

@@ -155,7 +155,7 @@ class Schema(Config, Generic[S]):
             if name not in self.given[section]
         }
 
-    def readers(self, section: str, short: str) -> list[str]:
+    def entries_with(self, section: str, short: str) -> list[str]:
         """The entries that name the option ``short``; imports every entry."""
         several = isinstance(self.params[self.choices[section]].default, tuple)
         return [

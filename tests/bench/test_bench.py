@@ -240,8 +240,10 @@ def test_the_step_waits_for_data_as_long_as_it_says(small: Beton) -> None:
 
 
 def test_probes_one_by_one_are_those_of_the_grid() -> None:
-    rows = measured(probe.run(plan(), images=512, features=8, classes=3, epochs=1))
-    assert [row.role for row in rows.values()] == ["ours", "peer", "peer", "limit"]
+    rows = measured(probe.grid(plan(), images=512, features=8, classes=3, epochs=1))
+    assert [row.role for row in rows.values()] == ["ours", "peer", "limit"]
+    rows = measured(probe.path(plan(), 300, 8, 3, strengths=(0.01, 0.1)))
+    assert [row.role for row in rows.values()] == ["ours", "peer", "limit"]
     x, y = torch.randn(300, 9), torch.arange(300) % 3
     every = torch.arange(300)
     grid = [(0.1, 1e-3), (0.3, 1e-2)]

@@ -9,7 +9,8 @@ import pytest
 
 from fastproj.augment.draw import PRESETS
 from fastproj.core.errors import InputError, SettingError
-from fastproj.core.table import Table, hyperparameters
+from fastproj.core.table import Table
+from fastproj.evaluation import PROBES
 from fastproj.loaders import ENGINES
 from fastproj.models import ENCODERS, PROJECTORS
 from fastproj.objective import OBJECTIVES
@@ -19,7 +20,7 @@ from fastproj.training import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["--data.train", "x"]
-TABLES = [ENGINES, DATASETS, ENCODERS, OPTIMIZERS, PRESETS, OBJECTIVES, PROJECTORS]
+TABLES = [PROBES, ENGINES, DATASETS, ENCODERS, OPTIMIZERS, PRESETS, OBJECTIVES, PROJECTORS]
 
 
 def read(*argv, schema=RUN, prog="test"):
@@ -46,10 +47,12 @@ def test_every_entry_can_be_had_and_an_unknown_one_names_the_nearest(table: Tabl
 @pytest.mark.parametrize("section", RUN.choices)
 def test_declared_defaults_are_the_functions_own(section: str) -> None:
     """Every hyperparameter of a built-in entry is declared, and every declared one is read."""
-    declared = {n.split(".")[1] for n in RUN.params if RUN.is_option(n) and section in n}
+    options = [name for name in RUN.params if RUN.is_option(name)]
+    declared = {n.split(".")[1] for n in options if n.startswith(f"{section}.")}
     named = set()
-    for entry in RUN.table(section).values():
-        for name, parameter in hyperparameters(entry).items():
+    several = isinstance(RUN.params[RUN.choices[section]].default, tuple)
+    for entry in RUN.table(section):
+        for name, parameter in RUN.named(section, (entry,) if several else entry).items():
             assert RUN.params[f"{section}.{name}"].default == parameter.default
             assert type(RUN.params[f"{section}.{name}"].default) is type(parameter.default)
             named.add(name)
@@ -79,6 +82,13 @@ def test_settings_are_typed_built_once_and_frozen() -> None:
         ("--projector.k 3", "projector.k is read only where projector.latents is a number"),
         ("--kind none --projector.out 3",
          "barlow, and where projector.latents is a number, not by none"),
+        ("--eval.sgd_epochs 3", "eval.sgd_epochs is read by sgd, not by logistic or knn"),
+        ("--probes knn,sgd --logistic_holdout 0.2", "by logistic, not by knn or sgd"),
+        ("--probes knn,logistc", "eval.probes must be one or more of logistic | knn"),
+        ("--probes knn,logistc", "did you mean 'logistic'?"),
+        ("--probes knn,knn", "not 'knn,knn'"),
+        ("--eval.knn_k 2.5", "eval.knn_k must be whole numbers at least 1"),
+        ("--eval.knn_seed 1", "unknown setting --eval.knn_seed"),
         ("--sparsehead.groups rows", "only where sparsehead.weight is above 0"),
         ("--matrix_information.alpha 1", "only where matrix_information.weight is above 0"),
         ("--views.local_size 32", "only where views.local_crops is above 0"),
