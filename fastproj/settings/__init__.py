@@ -17,8 +17,9 @@ from fastproj.settings.commands import (
     PrepareSettings,
     stored,
 )
+from fastproj.settings.embed import EMBED, EmbedSettings
 from fastproj.settings.read import load
-from fastproj.settings.run import EMBED, RUN, EmbedSettings, Settings
+from fastproj.settings.run import RUN, Settings
 
 __all__ = [
     "BENCH",
