@@ -117,11 +117,18 @@ def test_the_scores_are_those_of_loops_and_scikit_learn(sets: tuple[Beton, Beton
     assert found["seconds"] > 0
 
 
+class Noise(nn.Module):
+    """Draws in eval mode as well, as an encoder of a plugin might."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-3 * torch.randn_like(x)
+
+
 @pytest.mark.parametrize("engine", ["stream", "resident", "reference"])
 def test_scoring_leaves_modules_and_random_state_alone(
     sets: tuple[Beton, Beton], engine: str
 ) -> None:
-    encoder = build_encoder("resnet_small", "cifar")
+    encoder = nn.Sequential(build_encoder("resnet_small", "cifar"), Noise())
     probe = nn.Sequential(nn.Dropout(0.9), nn.Linear(256, CLASSES))
     next(m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)).eval()
     both = nn.ModuleList([encoder, probe])
