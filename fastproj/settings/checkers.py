@@ -156,11 +156,7 @@ class Texts(Text):
     """A tuple of texts; on the command line ``a,b``. One text is a list of one."""
 
     def check(self, value: str | list[str] | None) -> tuple[str, ...]:
-        if isinstance(value, str):
-            value = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",")
-        if not value:
-            raise ValueError
-        return tuple(os.path.expanduser(self.parse(text.strip())) for text in value)
+        return tuple(os.path.expanduser(self.parse(text.strip())) for text in _texts(value))
 
     def help(self) -> str:
         return "names, as a,b"

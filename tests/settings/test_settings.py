@@ -20,9 +20,12 @@ from fastproj.settings.checkers import (
     Float,
     Floats,
     Int,
+    Ints,
+    Keys,
     OrNull,
     Schedule,
     Text,
+    Texts,
 )
 
 PARAMS = {".".join(path): param for path, param in RUN.entries.items()}
@@ -356,6 +359,10 @@ def values(checker) -> st.SearchStrategy:
         return st.none() | values(checker.inner).filter(lambda v: v not in ("null", "none"))
     if isinstance(checker, Bool):
         return st.booleans()
+    if isinstance(checker, Keys):
+        return st.lists(st.sampled_from(checker.choices), min_size=1, unique=True).map(tuple)
+    if isinstance(checker, Texts):
+        return st.lists(st.text("abz/._-", min_size=1), min_size=1, max_size=3).map(tuple)
     if isinstance(checker, Choice):
         return st.sampled_from(checker.choices)
     if isinstance(checker, Text):
@@ -365,7 +372,9 @@ def values(checker) -> st.SearchStrategy:
     low = max(checker.low, -1e9)
     high = min(checker.high, 1e9)
     if isinstance(checker, Int):
-        return st.integers(math.ceil(low), math.floor(high))
+        whole = st.integers(math.ceil(low), math.floor(high))
+        several = st.lists(whole, min_size=1, max_size=4).map(tuple)
+        return several if isinstance(checker, Ints) else whole
     number = st.floats(max(low, checker.above), high, exclude_min=math.isfinite(checker.above))
     if isinstance(checker, Floats):
         most = 2 if isinstance(checker, Schedule) else 4
@@ -385,7 +394,7 @@ def test_round_trip_through_command_line_and_config_yaml(data, tmp_path_factory)
 
     def argv():
         return [
-            f"--{name}={','.join(map(repr, value)) if isinstance(value, tuple) else value}"
+            f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
             for name, value in chosen.items()
         ]
 
