@@ -1,7 +1,5 @@
 """The images to measure on: a beton repeated to be long enough, or its JPEGs as files."""
 
-import base64
-import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 
 from fastproj.data.beton import Beton
 from fastproj.data.layout import JPEG
+from fastproj.data.subset import subset
 
 
 def several_times(beton: Beton, images: int) -> Beton:
@@ -20,28 +19,7 @@ def several_times(beton: Beton, images: int) -> Beton:
     Every repetition has its own index and therefore its own crops.
     """
     times = -(-images // len(beton))
-
-    def tiled(array: np.ndarray) -> np.ndarray:
-        return np.tile(array, times)
-
-    hashes = tiled(beton.manifest.sample_hashes().reshape(-1))
-    return dataclasses.replace(
-        beton,
-        manifest=dataclasses.replace(
-            beton.manifest,
-            samples=times * len(beton),
-            hashes=base64.b64encode(hashes.tobytes()).decode(),
-        ),
-        mode=tiled(beton.mode),
-        width=tiled(beton.width),
-        height=tiled(beton.height),
-        pointer=tiled(beton.pointer),
-        length=tiled(beton.length),
-        label=tiled(beton.label),
-        index=np.arange(times * len(beton)),
-        source_width=tiled(beton.source_width),
-        source_height=tiled(beton.source_height),
-    )
+    return subset(beton, np.tile(np.arange(len(beton)), times))
 
 
 def describe(beton: Beton) -> dict[str, Any]:
