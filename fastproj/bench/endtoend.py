@@ -1,4 +1,4 @@
-"""SimCLR from images to accuracy, beside lightly's: the same images, weights, head and optimizer."""
+"""SimCLR from images to accuracy, beside lightly: same images, weights, head and optimizer."""
 
 import inspect
 import sys
@@ -38,7 +38,7 @@ Scores = dict[str, float]  # probe -> top-1 in per cent
 
 @dataclass(frozen=True)
 class Job:
-    """What every engine trains, in float32: ``epochs`` of SimCLR on ``train``, crops of ``size``."""
+    """What every engine trains in float32: SimCLR for ``epochs`` on crops of ``size`` pixels."""
 
     train: Beton
     epochs: int
@@ -95,16 +95,18 @@ def run(
                 continue
             seconds[name].append(took)
             scores[name].append(_score(trained, job, val, probe_epochs))
-    case = f"{encoder}, SimCLR, {size} px, batch {job.batch}, {epochs} epochs, {len(train):,} images"
+    case = (
+        f"{encoder}, SimCLR, {size} px, batch {job.batch}, {epochs} epochs of {len(train):,} images"
+    )
     steps = epochs * (len(train) // job.batch)
     rows = []
     for name, (role, _) in ENGINES.items():
         engine = Engine(name, role, steps * job.batch, lambda: lambda: None)
         if name in missing:
             rows.append(Row("endtoend", case, name, role, "images", missing=missing[name]))
-        else:
-            note = _note(scores[name], scores[PEER] if name != PEER else [])
-            rows.append(replace(rates("endtoend", case, engine, "images", seconds[name]), note=note))
+            continue
+        row = rates("endtoend", case, engine, "images", seconds[name])
+        rows.append(replace(row, note=_note(scores[name], scores[PEER] if name != PEER else [])))
     return rows
 
 
@@ -165,7 +167,7 @@ def lightlys(job: Job, seed: int) -> tuple[nn.Module, float]:
     optimizer = job.optimizer(parameter_groups([model], DECAY))
     torch.manual_seed(seed)  # of the order and of the workers' views
     loader = DataLoader(
-        _Views(job.train, SimCLRTransform(input_size=job.size, normalize=normalize)),
+        RawImages(job.train, SimCLRTransform(input_size=job.size, normalize=normalize)),
         batch_size=job.batch,
         shuffle=True,
         drop_last=True,
@@ -176,7 +178,7 @@ def lightlys(job: Job, seed: int) -> tuple[nn.Module, float]:
     step, total = 0, job.epochs * len(loader)
     start = time.perf_counter()
     for _ in range(job.epochs):
-        for first, second in loader:
+        for (first, second), _ in loader:
             set_rates(optimizer, step, total, WARMUP_EPOCHS * len(loader), WARMUP_RATE)
             views = (view.to(device, non_blocking=True) for view in (first, second))
             loss(*(model(view) for view in views)).backward()
@@ -187,8 +189,8 @@ def lightlys(job: Job, seed: int) -> tuple[nn.Module, float]:
     return encoder, time.perf_counter() - start
 
 
-class _Views(Dataset[Any]):
-    """A raw beton's images through ``transform``, from memory: no file is opened or decoded."""
+class RawImages(Dataset[Any]):
+    """A raw beton's images through ``transform``, and labels; no file is opened or decoded."""
 
     def __init__(self, beton: Beton, transform: Callable[[Image.Image], Any]) -> None:
         self.beton, self.transform = beton, transform
@@ -198,7 +200,8 @@ class _Views(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         shape = int(self.beton.height[position]), int(self.beton.width[position]), 3
-        return self.transform(Image.fromarray(self.beton.stored(position).reshape(shape)))
+        image = Image.fromarray(self.beton.stored(position).reshape(shape))
+        return self.transform(image), int(self.beton.label[position])
 
 
 PEER = "lightly, torch DataLoader"

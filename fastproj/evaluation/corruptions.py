@@ -148,8 +148,8 @@ class _Corrupted:
                 done = [_corrupt(images, index, *self.how)]
             else:
                 parts = min(len(images), 4 * cores())
-                pairs = zip(np.array_split(images, parts), np.array_split(index, parts), strict=True)
-                jobs = [self.pool.submit(_corrupt, *pair, *self.how) for pair in pairs]
+                split = (np.array_split(array, parts) for array in (images, index))
+                jobs = [self.pool.submit(_corrupt, *p, *self.how) for p in zip(*split, strict=True)]
                 done = [job.result() for job in jobs]
             corrupted = torch.from_numpy(np.concatenate(done)).permute(0, 3, 1, 2)
             yield corrupted.to(batch.crops[0].device), batch.labels

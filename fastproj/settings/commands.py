@@ -74,7 +74,10 @@ class Bench:
         OrNull(File()), "jpeg beton of photographs: decode, loaders, chain, start, growth"
     )
     squares: str | None = setting(OrNull(File()), "square beton of photographs: loaders")
-    small: str | None = setting(OrNull(File()), "raw beton of small images: loaders, step, growth")
+    small: str | None = setting(
+        OrNull(File()),
+        "raw beton of small images: loaders, step, published, growth, endtoend",
+    )
     device: str = setting(
         Choice("auto", "cpu", "cuda"), "where to compute; auto: cuda if there", "auto"
     )

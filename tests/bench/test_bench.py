@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_rel
 
 from fastproj.bench import (
     Engine,
@@ -21,17 +22,19 @@ from fastproj.bench import (
     chain,
     compare,
     decode,
+    endtoend,
     growth,
     heads,
     loaders,
     peers,
     probe,
+    published,
     start,
     step,
     timed,
     views,
 )  # fmt: skip
-from fastproj.bench.__main__ import main, number, table
+from fastproj.bench.__main__ import STAGES, bench, main, number, table
 from fastproj.bench.alone import alone, memory
 from fastproj.bench.images import are_jpegs, as_files, describe, several_times
 from fastproj.bench.picture import draw
@@ -39,6 +42,7 @@ from fastproj.core.errors import InputError, run_command
 from fastproj.data.beton import Beton
 from fastproj.evaluation.probes.sgd import fit
 from fastproj.prepare.encode import Store
+from fastproj.settings import BENCH, load
 from tests.support.betons import digit_like, photographs, write
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +254,76 @@ def test_probes_one_by_one_are_those_of_the_grid() -> None:
     together = fit(x, y, every, 3, grid, 2, 64, 0)
     for head, each in zip(together, grid, strict=True):
         assert torch.allclose(head, fit(x, y, every, 3, [each], 2, 64, 0)[0], atol=1e-5)
+
+
+def test_a_probe_on_new_crops_beside_plain_torch(small: Beton) -> None:
+    rows = published.run(plan(small=small), 30, 6, 16, encoders=("resnet_small",))
+    found = measured(rows)
+    roles = [row.role for row in rows]
+    assert roles == ["ours"] * (len(rows) - 2) + ["peer", "limit"] and len(rows) in (4, 6)
+    assert "ours, 6 learning rate(s), float32" in found
+    assert {row.case for row in rows} == {"resnet_small, 16 px, batch 6, 30 images"}
+    assert not published.run(plan())
+
+
+def test_end_to_end_on_few_images(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"no such engine": ("peer", lambda job, seed: __import__("no_such_peer"))}
+    monkeypatch.setattr(endtoend, "ENGINES", endtoend.ENGINES | missing)
+    rows = endtoend.run(
+        plan(small=small), images=18, held_out=6, epochs=1, seeds=2, batch=6, size=16,
+        probe_epochs=2,
+    )  # fmt: skip
+    *here, gone = rows
+    assert gone.missing == "No module named 'no_such_peer'"
+    assert here[-1].engine == endtoend.PEER and "minus" not in here[-1].note
+    for row in here[:-1]:
+        assert row.missing == "Learner has no bn_per_view" or re.fullmatch(
+            r"linear \S+ ± \S+ \(minus lightly \S+, 95 % \S+ to \S+\); kNN .*\)", row.note
+        )
+    found = measured([row for row in here if not row.missing], 2)
+    assert {row.case for row in rows} == {
+        "resnet_small, SimCLR, 16 px, batch 6, 1 epochs of 18 images"
+    }
+    first = found["ours, both views in one pass"]
+    assert first.seconds and first.rate == pytest.approx(18 / first.seconds)
+    assert not endtoend.run(plan())
+
+
+def test_end_to_end_trains_the_same_weights_on_disjoint_images(small: Beton) -> None:
+    train, val = endtoend._split(small, 12, 6)
+    assert len(train) == 12 and len(val) == 6
+    assert not set(train.pointer.tolist()) & set(val.pointer.tolist())
+    assert np.bincount(train.label).tolist() == [4] * 3
+    assert np.bincount(val.label).tolist() == [2] * 3
+    job = endtoend.Job(train, 1, 6, 16, "resnet_small", plan(small=small))
+    one, other, third = (job.build(seed) for seed in (0, 0, 1))
+    for mine, same, another in zip(
+        one[0].parameters(), other[0].parameters(), third[0].parameters(), strict=True
+    ):
+        assert torch.equal(mine, same)
+        assert mine.ndim == 1 or not torch.equal(mine, another)
+    image, label = endtoend.RawImages(train, np.array)[5]
+    assert np.array_equal(image.ravel(), train.stored(5)) and label == train.label[5]
+
+
+def test_paired_differences_are_scipys() -> None:
+    ours, theirs = [51.0, 53.0, 52.5], [50.0, 51.0, 52.0]
+    low, high = ttest_rel(ours, theirs).confidence_interval(0.95)
+    text = endtoend.paired(ours, theirs)
+    assert text == f"minus lightly +1.17, 95 % {low:+.2f} to {high:+.2f}"
+    assert endtoend.paired([2.0], [1.0]) == "minus lightly +1.00"
+
+
+def test_a_stage_that_takes_long_is_no_part_of_all(
+    small: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in STAGES:
+        monkeypatch.setitem(STAGES, name, lambda plan, name=name: ran.append(name) or [])
+    settings = load(BENCH, ["--out", str(tmp_path / "x.json")], "", "")
+    assert len(list(bench("all", settings))) == len(ran) == len(STAGES) - 1
+    assert "endtoend" not in ran
+    assert len(list(bench("endtoend", settings))) == 1 and ran[-1] == "endtoend"
 
 
 def test_a_first_batch_is_timed_after_the_imports(photos: Beton) -> None:

@@ -34,7 +34,8 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
     """Images whose class shows in their color, so that a probe on crops learns it."""
     rng, labels = np.random.default_rng(0), np.arange(COUNT) % CLASSES
     images = rng.integers(0, 150, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
-    images += np.array([[90, 0, 0], [0, 90, 0], [0, 0, 90], [0, 0, 0]], np.uint8)[labels][:, None, None]
+    colors = np.array([[90, 0, 0], [0, 90, 0], [0, 0, 90], [0, 0, 0]], np.uint8)
+    images += colors[labels][:, None, None]
     names = tuple(f"c{i}" for i in range(CLASSES))
     source = Source("train", names, images, labels, [f"image {i}" for i in range(COUNT)])
     return betons.write(source, Path(tmp_path_factory.mktemp("beton")), Store("raw"))
