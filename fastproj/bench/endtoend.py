@@ -122,7 +122,7 @@ def _split(beton: Beton, images: int, held_out: int) -> tuple[Beton, Beton]:
 
 def ours(job: Job, seed: int, bn_per_view: bool) -> tuple[nn.Module, float]:
     """The encoder that our loader, views and trainer trained, and the seconds it took."""
-    own = {"bn_per_view": True} if bn_per_view else {}
+    own: dict[str, Any] = {"bn_per_view": True} if bn_per_view else {}
     if own and "bn_per_view" not in inspect.signature(Learner).parameters:
         raise ImportError("Learner has no bn_per_view")
     encoder, projector = job.build(seed)

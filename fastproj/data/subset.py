@@ -17,8 +17,8 @@ def subset(beton: Beton, positions: np.ndarray) -> Beton:
     deviation and digest stay those of the whole file.
     """
     hashes, names = beton.manifest.sample_hashes()[positions], beton.manifest.source_names()
-    columns = ("mode", "width", "height", "pointer", "length", "label")
-    columns += ("source_width", "source_height")
+    sizes = ("width", "height", "source_width", "source_height")
+    columns = ("mode", "pointer", "length", "label", *sizes)
     return dataclasses.replace(
         beton,
         manifest=dataclasses.replace(

@@ -149,7 +149,10 @@ class _Corrupted:
             else:
                 parts = min(len(images), 4 * cores())
                 split = (np.array_split(array, parts) for array in (images, index))
-                jobs = [self.pool.submit(_corrupt, *p, *self.how) for p in zip(*split, strict=True)]
+                jobs = [
+                    self.pool.submit(_corrupt, some, numbers, *self.how)
+                    for some, numbers in zip(*split, strict=True)
+                ]
                 done = [job.result() for job in jobs]
             corrupted = torch.from_numpy(np.concatenate(done)).permute(0, 3, 1, 2)
             yield corrupted.to(batch.crops[0].device), batch.labels
