@@ -8,10 +8,8 @@ size). CIFAR-10-C uses weaker severities of its own, so its accuracies are not c
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import product
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from fastproj.core.machine import cores
 from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.probes import ProbeResult
 from fastproj.loaders import Loader
+from fastproj.prepare.workers import Workers
 from fastproj.runs.environment import installed
 
 CORRUPTIONS = (
@@ -67,7 +66,8 @@ def corruption_probe(
             raise InputError(f"severity {severity}: choose from 1 to 5")
     parts = [features(encoder, val, mean=mean, std=std)]
     grid = list(product(corruptions, severities))
-    with _pool(workers) as pool:
+    count = min(workers or cores(), cores())
+    with closing(Workers(count)) if count > 1 else nullcontext() as pool:
         parts += [
             corrupted_features(
                 encoder, val, corruption, severity, mean=mean, std=std, seed=seed, pool=pool
@@ -105,7 +105,7 @@ def corrupted_features(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
-    pool: Executor | None = None,
+    pool: Workers | None = None,
 ) -> Features:
     """``features`` of the loader's crops after ``corruption`` at ``severity`` (1 to 5).
 
@@ -126,7 +126,7 @@ class _Corrupted:
     """Batches of (images, labels) of a loader that reads the set in order, corrupted."""
 
     def __init__(
-        self, loader: Loader, corruption: str, severity: int, seed: int, pool: Executor | None
+        self, loader: Loader, corruption: str, severity: int, seed: int, pool: Workers | None
     ) -> None:
         size = min(crop.size for crop in loader.crops)
         if size < SMALLEST:
@@ -173,13 +173,6 @@ def _corrupt(
         return np.stack(done)
     finally:
         np.random.set_state(state)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor | nullcontext[None]:
-    workers = min(workers or cores(), cores())
-    if workers == 1:
-        return nullcontext()
-    return ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
 
 
 def _version() -> str:

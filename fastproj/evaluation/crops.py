@@ -48,7 +48,8 @@ def crops_probe(
 
     Args:
         encoder: maps (B, 3, h, w) to (B, d), on the device of ``train``.
-        train: a loader with one random ``Crop`` per image; its batch size is the probe's.
+        train: a loader with one random ``Crop`` per image; its batch size is the probe's. One
+            process trains the heads, so its world size is 1.
         val: features of val's center crops, scored once, after the last epoch.
         num_classes: None: the highest label of ``train`` and 1.
         mean, std: per channel, of pixels in [0, 1]; None: those of the loader's beton.
@@ -72,7 +73,7 @@ def crops_probe(
     if optimizer not in ("sgd", "lars"):
         raise InputError(f"a probe has no optimizer {optimizer!r}: choose sgd or lars")
     num_classes = check_labels(train, val, num_classes)
-    scale = train.order.batch_size * train.order.world_size / 256
+    scale = train.order.batch_size / 256
     rates = [rate * scale for rate in learning_rates]
     total, device = epochs * len(train), train.device
     views = Views(train, mean, std, seed)
@@ -175,7 +176,7 @@ class Views:
             "mean": list(self.mean),
             "std": list(self.std),
             "images": len(self.loader.beton),
-            "batch_size": order.batch_size * order.world_size,
+            "batch_size": order.batch_size,
             "order_seed": order.seed,
         }
 

@@ -72,7 +72,7 @@ def finetune(
     labels = torch.from_numpy(val.beton.label)
     num_classes = check_labels(train, Features(torch.empty(len(labels), 0), labels), num_classes)
     views = Views(train, mean, std, seed)
-    scale = train.order.batch_size * train.order.world_size / 256
+    scale = train.order.batch_size / 256
     tuned = copy.deepcopy(encoder)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -81,5 +81,5 @@ def multistep(rates: Sequence[float], epoch: int, milestones: Sequence[int]) -> 
 def warmed_up(
     rates: Sequence[float], steps: range, total: int, warmup: float, start: float
 ) -> list[list[float]]:
-    """Of each of ``steps``: every peak of ``rates`` on its own warm-up and half cosine."""
+    """One list per step: each peak of ``rates`` on its own warm-up and half cosine."""
     return [[warmup_cosine(step, total, warmup, peak, start) for peak in rates] for step in steps]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,12 +14,12 @@ from torch import nn
 
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
-from fastproj.evaluation import corruptions
 from fastproj.evaluation.corruptions import CORRUPTIONS, corrupted_features, corruption_probe
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes import ProbeResult
 from fastproj.loaders import Center, Loader, open_loader
 from fastproj.prepare.encode import Store
+from fastproj.prepare.workers import Workers
 from tests.support import betons
 
 COUNT, SIDE, CLASSES = 10, 32, 2
@@ -163,7 +164,7 @@ def test_the_package_itself_corrupts_in_processes(beton: Beton) -> None:
     assert tuple(package.get_corruption_names()) == CORRUPTIONS
     np.random.seed(np.random.SeedSequence([0, 3]).generate_state(4))
     expected = package.corrupt(stored(beton)[3], severity=2, corruption_name="gaussian_noise")
-    with corruptions._pool(2) as pool:
+    with closing(Workers(2)) as pool:
         found = corrupted_features(nn.Flatten(), center(beton), "gaussian_noise", 2, pool=pool)
     images = np.zeros_like(stored(beton))
     images[3] = expected
