@@ -1,6 +1,5 @@
 """SimCLR from images to accuracy, beside lightly: same images, weights, head and optimizer."""
 
-import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,9 @@ from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
 from fastproj.data.subset import subset
 from fastproj.evaluation.features import Features, features
-from fastproj.evaluation.probes import knn, linear_probe, stratified_split
+from fastproj.evaluation.probes.common import stratified_split
+from fastproj.evaluation.probes.neighbors import knn
+from fastproj.evaluation.probes.sgd import linear_probe
 from fastproj.loaders import Center, Crop, open_loader
 from fastproj.models.encoders import Encoder, build_encoder
 from fastproj.models.projector import Projector, build_projector
@@ -122,12 +123,10 @@ def _split(beton: Beton, images: int, held_out: int) -> tuple[Beton, Beton]:
 
 def ours(job: Job, seed: int, bn_per_view: bool) -> tuple[nn.Module, float]:
     """The encoder that our loader, views and trainer trained, and the seconds it took."""
-    own: dict[str, Any] = {"bn_per_view": True} if bn_per_view else {}
-    if own and "bn_per_view" not in inspect.signature(Learner).parameters:
-        raise ImportError("Learner has no bn_per_view")
     encoder, projector = job.build(seed)
     objective = build_objective("simclr", projector.out_features, temperature=TEMPERATURE)
-    learner = Learner(encoder, projector, objective, len(job.train.classes), **own)
+    classes = len(job.train.classes)
+    learner = Learner(encoder, projector, objective, classes, bn_per_view=bn_per_view)
     groups = [*parameter_groups([encoder, projector], DECAY), probe_group(learner.probe, 0.1)]
     manifest = job.train.manifest
     loader = open_loader(

@@ -16,7 +16,7 @@ from fastproj.data.layout import RAW
 from fastproj.data.subset import subset
 from fastproj.evaluation.crops import crops_probe
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import stratified_split
+from fastproj.evaluation.probes.common import stratified_split
 from fastproj.loaders import Crop, open_loader
 from fastproj.models.encoders import Encoder, build_encoder
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastproj.core.errors import InputError
 from fastproj.core.machine import cores
 from fastproj.evaluation.features import Features, features
-from fastproj.evaluation.probes import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.loaders import Loader
 from fastproj.prepare.workers import Workers
 from fastproj.runs.environment import installed

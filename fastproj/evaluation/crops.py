@@ -17,7 +17,7 @@ from fastproj.augment.views import Augmentation
 from fastproj.core.errors import InputError
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.heads import Heads, multistep, warmed_up, with_ones
-from fastproj.evaluation.probes import ProbeResult, check, ranks
+from fastproj.evaluation.probes.common import ProbeResult, check, ranks
 from fastproj.loaders import Loader
 from fastproj.models.frozen import frozen
 

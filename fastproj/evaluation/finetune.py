@@ -13,7 +13,7 @@ from fastproj.data.beton import Beton
 from fastproj.data.subset import subset
 from fastproj.evaluation.crops import Views, accuracies, check_labels
 from fastproj.evaluation.features import Features, features
-from fastproj.evaluation.probes import ProbeResult, stratified_split
+from fastproj.evaluation.probes.common import ProbeResult, stratified_split
 from fastproj.loaders import Loader
 from fastproj.models.frozen import frozen
 from fastproj.training.optim import set_rates

@@ -21,7 +21,7 @@ from torch import nn
 from fastproj.core.errors import InputError
 from fastproj.evaluation.crops import crops_probe
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.loaders import Loader
 
 BATCH_SIZES = {

@@ -16,7 +16,7 @@ from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.evaluation.corruptions import CORRUPTIONS, corrupted_features, corruption_probe
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.loaders import Center, Loader, open_loader
 from fastproj.prepare.encode import Store
 from fastproj.prepare.workers import Workers
