@@ -164,8 +164,8 @@ def test_a_table_that_cannot_be_kept_is_printed_first(root, capsys):
 
 
 def test_a_choice_at_the_end_of_its_list_is_printed(root):
-    options = ("--eval.probes", "sgd", "--eval.sgd_learning_rates", "1e-7,0.3",
-               "--eval.sgd_epochs", "1", "--eval.sgd_weight_decays", "0")  # fmt: skip
+    options = ("--eval.probes", "sgd", "--eval.sgd_learning_rates", "1e-7,3",
+               "--eval.sgd_epochs", "20", "--eval.sgd_weight_decays", "0")  # fmt: skip
     evaluation, _ = evaluate(*opened(root, *options))
     assert "pre-trained, sgd: learning rate" in table(evaluation).splitlines()[2]
 

@@ -64,7 +64,7 @@ def knn(
             hits[at] += torch.stack([(rank < n).logical_and(voted).sum() for n in (1, 5)])
             if at == 0:
                 predictions.append(votes.argmax(1))  # the lower class of equals
-    metrics = {}
+    metrics: dict[str, float] = {}
     for at, ((count, heat), found) in enumerate(zip(pairs, hits.double() / len(val), strict=True)):
         name = f"_k{count}_t{heat:g}" if at else ""
         metrics |= {f"top{n}{name}": share.item() for n, share in zip((1, 5), found, strict=True)}

@@ -61,7 +61,7 @@ def linear_probe(
     mean, std = statistics(train.features)
     x, y = design(train.features, mean, std, device), train.labels.to(device)
     lists = {"learning_rate": sorted(learning_rates), "weight_decay": sorted(weight_decays)}
-    grid = list(product(*lists.values()))
+    grid = list(product(lists["learning_rate"], lists["weight_decay"]))
     chosen: dict[str, Any] = dict(zip(lists, grid[0], strict=True))
     if len(grid) > 1:
         kept, held = hold_out(y, holdout, seed)
