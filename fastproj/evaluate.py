@@ -33,7 +33,7 @@ from fastproj.evaluation.cache import Cache
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.files import is_features_file
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
-from fastproj.evaluation.protocol import Protocol, Scored
+from fastproj.evaluation.protocol import Protocol, Scored, takes_images
 from fastproj.evaluation.results import Evaluation, table, write_evaluation
 from fastproj.evaluation.sets import Sets, open_folders, open_sets
 from fastproj.runs import checkpoint
@@ -196,7 +196,7 @@ def _arguments(probe: str, options: Mapping[str, Any], seed: int) -> dict[str, A
     """
     named = hyperparameters(PROBES[probe])
     own = {name: options[f"{probe}_{name}"] for name in named if f"{probe}_{name}" in options}
-    return own | ({"seed": seed} if "seed" in named else {})
+    return own | ({"seed": seed} if "seed" in named or takes_images(probe) else {})
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,10 +11,18 @@ PROBES = Table(
         "ridge": "fastproj.evaluation.probes.least_squares:ridge",
         "mlp": "fastproj.evaluation.probes.perceptron:mlp",
         "few_shot": "fastproj.evaluation.probes.shots:few_shot",
+        "published_in100_simclr": "fastproj.evaluation.published:published_in100_simclr",
+        "published_in100_barlow": "fastproj.evaluation.published:published_in100_barlow",
+        "published_cifar_simclr": "fastproj.evaluation.published:published_cifar_simclr",
+        "published_cifar_barlow": "fastproj.evaluation.published:published_cifar_barlow",
+        "solo": "fastproj.evaluation.published:solo",
+        "finetune": "fastproj.evaluation.finetune:finetune",
     },
 )
-"""Each a function ``f(train, val, num_classes, *, option=default, …) -> ProbeResult``.
+"""Each a function ``f(train, val, num_classes, *, option=default, …) -> ProbeResult`` of features.
 
+One that runs the encoder on new crops is ``f(encoder, train, val, num_classes, *, mean, std, …)``,
+with a ``Loader`` of random crops and one of center crops. ``mean``, ``std``, ``precision``,
 ``seed`` and ``device`` are given by the caller; every other option is a setting,
 ``eval.<probe>_<option>``.
 """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastproj.augment.draw import View
 from fastproj.augment.views import Augmentation
 from fastproj.core.errors import InputError
-from fastproj.evaluation.features import Features
+from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.heads import Heads, multistep, warmed_up, with_ones
 from fastproj.evaluation.probes.common import ProbeResult, check, ranks
 from fastproj.loaders import Loader
@@ -28,7 +28,7 @@ TRUST = 0.02  # LARS's trust coefficient in the authors' scripts (PKU-ML/Project
 def crops_probe(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     mean: Sequence[float] | None = None,
@@ -50,7 +50,7 @@ def crops_probe(
         encoder: maps (B, 3, h, w) to (B, d), on the device of ``train``.
         train: a loader with one random ``Crop`` per image; its batch size is the probe's. One
             process trains the heads, so its world size is 1.
-        val: features of val's center crops, scored once, after the last epoch.
+        val: features of val's center crops, or a loader of them; scored once, after the last epoch.
         num_classes: None: the highest label of ``train`` and 1.
         mean, std: per channel, of pixels in [0, 1]; None: those of the loader's beton.
         learning_rates: for a batch of 256; used in proportion to the batch size. The first one is
@@ -72,11 +72,13 @@ def crops_probe(
     begun = time.perf_counter()
     if optimizer not in ("sgd", "lars"):
         raise InputError(f"a probe has no optimizer {optimizer!r}: choose sgd or lars")
+    views = Views(train, mean, std, seed)
+    if isinstance(val, Loader):
+        val = features(encoder, val, mean=views.mean, std=views.std, device=train.device)
     num_classes = check_labels(train, val, num_classes)
     scale = train.order.batch_size / 256
     rates = [rate * scale for rate in learning_rates]
     total, device = epochs * len(train), train.device
-    views = Views(train, mean, std, seed)
     heads: Heads | None = None
     with frozen(encoder), torch.no_grad():
         for epoch in range(epochs):
@@ -89,18 +91,18 @@ def crops_probe(
             now = torch.tensor(schedule, device=device)  # one copy to the device per epoch
             for (images, labels), rate in zip(views.epoch(epoch), now, strict=True):
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    features = encoder(images)
+                    found = encoder(images)
                 heads = heads or Heads(
                     len(rates),
                     num_classes,
-                    same_width(features, val),
+                    same_width(found, val),
                     momentum=momentum,
                     weight_decay=weight_decay,
                     trust_coefficient=TRUST if optimizer == "lars" else None,
                     seed=seed,
                     device=device,
                 )
-                heads.step(features.float(), labels, rate)
+                heads.step(found.float(), labels, rate)
     assert heads is not None  # a loader has at least one step
     scores = [_score(head, val) for head in heads.weights]
     metrics = scores[0][0] | {

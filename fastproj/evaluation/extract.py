@@ -15,7 +15,7 @@ from fastproj.evaluation.depths import AtDepths
 from fastproj.evaluation.features import Features, features, pixels
 from fastproj.evaluation.fold import folded
 from fastproj.evaluation.load import LoadedEncoder
-from fastproj.loaders import Center, Five, Loader, open_loader
+from fastproj.loaders import Center, Crop, Five, Loader, open_loader
 from fastproj.runs.environment import versions
 
 PIXELS = 32  # largest side of the raw-pixel baseline: 224 would be 150,528 features per image
@@ -128,6 +128,17 @@ class Extractor:
                 return {}
             found[depth] = Features(one.features.to(self.device), one.labels.to(self.device))
         return found
+
+    def draw(self, beton: Beton, batch_size: int, seed: int) -> Loader:
+        """A loader of one random crop per image, shuffled, in batches that the set fills."""
+        return open_loader(
+            beton,
+            [Crop(self.size)],
+            min(batch_size, len(beton)),
+            device=self.device,
+            seed=seed,
+            **(self.loader or {}),
+        )
 
     def open(self, beton: Beton, rank: int = 0, world_size: int = 1) -> Loader:
         """A loader of this rank's part of the crops, each image once and in order."""

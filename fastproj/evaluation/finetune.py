@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ def finetune(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    labels: float = 1.0,
     encoder_rate: float = 0.05,
     head_rate: float = 0.05,
     momentum: float = 0.9,
@@ -53,12 +55,12 @@ def finetune(
     """Accuracy of an encoder that is trained on labels, from its weights, with a linear head.
 
     Cross-entropy, SGD with momentum, half a cosine per step, crops and flips; batch norm trains.
-    ``train``: a loader with one random ``Crop`` per image, of all of train or of
-    ``labeled_fraction``; ``val``: a loader of every image's ``Center``, scored once, after the last
-    epoch, in eval mode and float32. ``encoder_rate`` and ``head_rate`` are for a batch of 256 and
-    used in proportion to the batch size. ``mean`` and ``std``, per channel of pixels in [0, 1]:
-    None are those of the training loader's beton. The head starts as ``nn.Linear`` does, from
-    ``seed``, as do the flips. ``precision`` is autocast's in training.
+    ``train``: a loader with one random ``Crop`` per image; ``labels``: the fraction of its images
+    that is used, drawn by ``labeled_fraction``; ``val``: a loader of every image's ``Center``,
+    scored once, after the last epoch, in eval mode and float32. ``encoder_rate`` and ``head_rate``
+    are for a batch of 256 and used in proportion to the batch size. ``mean`` and ``std``, per
+    channel of pixels in [0, 1]: None are those of the training loader's beton. The head starts as
+    ``nn.Linear`` does, from ``seed``, as do the flips. ``precision`` is autocast's in training.
 
     ``encoder`` itself is left as it was: a copy is trained. The defaults are those of SimCLR's
     semi-supervised fine-tuning [Chen et al. 2020, arXiv 2002.05709, appendix B.5: rate
@@ -68,9 +70,10 @@ def finetune(
     Raises ``InputError`` as ``crops_probe`` does, and for features of val as ``features`` does.
     """
     begun = time.perf_counter()
+    targets = torch.from_numpy(val.beton.label)
+    num_classes = check_labels(train, Features(torch.empty(len(targets), 0), targets), num_classes)
+    train = _drawn(train, labels, seed)
     device, total = train.device, epochs * len(train)
-    labels = torch.from_numpy(val.beton.label)
-    num_classes = check_labels(train, Features(torch.empty(len(labels), 0), labels), num_classes)
     views = Views(train, mean, std, seed)
     scale = train.order.batch_size / 256
     tuned = copy.deepcopy(encoder)
@@ -105,6 +108,7 @@ def finetune(
         "optimizer": "sgd",
         "momentum": momentum,
         "weight_decay": weight_decay,
+        "labels": labels,
         "encoder_rate": encoder_rate,
         "head_rate": head_rate,
         "rates": "for a batch of 256, in proportion to the batch size",
@@ -116,6 +120,16 @@ def finetune(
         "seed": seed,
     }
     return ProbeResult(metrics, protocol, time.perf_counter() - begun, predictions)
+
+
+def _drawn(train: Loader, fraction: float, seed: int) -> Loader:
+    """The same loader of a ``labeled_fraction`` of its images, in batches that these fill."""
+    part = labeled_fraction(train.beton, fraction, seed)
+    if part is train.beton:
+        return train
+    batch_size = min(train.order.batch_size, len(part))
+    order = replace(train.order, samples=len(part), batch_size=batch_size)
+    return type(train)(part, train.crops, order, train.device, train.workers)
 
 
 def _width(encoder: nn.Module, views: Views) -> int:

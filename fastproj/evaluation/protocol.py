@@ -1,10 +1,15 @@
 """One protocol for every encoder: crops -> features of train and val, once -> every probe."""
 
+import inspect
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from fastproj.core import dist
 from fastproj.core.errors import InputError
@@ -17,11 +22,19 @@ from fastproj.evaluation.features import Features
 from fastproj.evaluation.files import FeaturesFile
 from fastproj.evaluation.load import LoadedEncoder
 from fastproj.evaluation.probes.common import ProbeResult
+from fastproj.evaluation.published import BATCH_SIZES
 from fastproj.evaluation.results import Row
 from fastproj.evaluation.sets import Sets
 
 Scored = list[tuple[Row, ProbeResult]]
 ALL = "all"  # of ``depths``: each that the encoder has
+BATCH_SIZE = 256  # of probes that run the encoder on new crops, unless a protocol has its own
+OnImages = Callable[[str, Mapping[str, Any]], ProbeResult]
+
+
+def takes_images(probe: str) -> bool:
+    """Whether the probe runs the encoder on new crops; the others take features."""
+    return "encoder" in inspect.signature(PROBES[probe]).parameters
 
 
 def normalization(how: str, encoder: LoadedEncoder, train: Beton) -> tuple[Any, Any]:
@@ -61,7 +74,7 @@ class Protocol:
 
         At another depth than h it is called ``name/depth``. With several ranks only the first one
         runs the probes; the others return no rows. A ``baseline`` is scored at those of the depths
-        that it has: it has no projector.
+        that it has: it has no projector. Probes that run the encoder on new crops score h alone.
         """
         found: Scored = []
         for sets in self.sets:
@@ -80,11 +93,17 @@ class Protocol:
                     },
                     seconds={"features": seconds},
                 )
-                found += self._probe(row, train, val, sets.num_classes)
+                on_images = encoder and depth == "h" and partial(self._on_images, encoder, sets)
+                found += self._probe(row, train, val, sets.num_classes, on_images or None)
         return found
 
     def score_files(self) -> Scored:
-        """One row per pair of features files and probe."""
+        """One row per pair of features files and probe; ``InputError`` for a probe of images."""
+        if of_images := [probe for probe in self.probes if takes_images(probe)]:
+            raise InputError(
+                f"eval.probes: {of_images[0]} runs the encoder on new crops, which a features file "
+                "does not hold: leave it out, or give betons"
+            )
         found: Scored = []
         for sets in self.sets:
             assert isinstance(sets.train, FeaturesFile) and isinstance(sets.val, FeaturesFile)
@@ -107,11 +126,23 @@ class Protocol:
             found += self._probe(row, train, val, sets.num_classes)
         return found
 
-    def _probe(self, row: Row, train: Features, val: Features, num_classes: int) -> Scored:
-        """``row`` once per probe, with its results."""
+    def _probe(
+        self,
+        row: Row,
+        train: Features,
+        val: Features,
+        num_classes: int,
+        on_images: OnImages | None = None,
+    ) -> Scored:
+        """``row`` once per probe, with its results; those of images only with ``on_images``."""
         found = []
         for probe, arguments in self.probes.items():
-            result = PROBES[probe](train, val, num_classes, **arguments)
+            if not takes_images(probe):
+                result = PROBES[probe](train, val, num_classes, **arguments)
+            elif on_images:
+                result = on_images(probe, arguments)
+            else:
+                continue
             done = replace(
                 row,
                 probe=probe,
@@ -121,6 +152,22 @@ class Protocol:
             )
             found.append((done, result))
         return found
+
+    def _on_images(
+        self, encoder: LoadedEncoder, sets: Sets, probe: str, arguments: Mapping[str, Any]
+    ) -> ProbeResult:
+        """The result of a probe that runs the encoder on new crops of the sets."""
+        assert isinstance(sets.train, Beton) and isinstance(sets.val, Beton)
+        mean, std = normalization(self.normalize, encoder, sets.train)
+        module = encoder.module.to(memory_format=torch.channels_last).to(self.extractor.device)
+        batch_size = BATCH_SIZES.get(probe, BATCH_SIZE)
+        with (
+            closing(self.extractor.draw(sets.train, batch_size, arguments["seed"])) as train,
+            closing(self.extractor.open(sets.val)) as val,
+        ):
+            return PROBES[probe](
+                module, train, val, sets.num_classes, mean=mean, std=std, **arguments
+            )
 
     def _features(
         self, sets: Sets, encoder: LoadedEncoder | None, baseline: bool

@@ -42,7 +42,7 @@ SOLO = {
 def published_in100_simclr(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     learning_rates: Sequence[float] = (1.0, 0.1, 0.3, 3.0),
@@ -65,7 +65,7 @@ def published_in100_simclr(
 def published_in100_barlow(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     learning_rates: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
@@ -86,7 +86,7 @@ def published_in100_barlow(
 def published_cifar_simclr(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     learning_rates: Sequence[float] = (0.4, 0.1, 1.0),
@@ -108,7 +108,7 @@ def published_cifar_simclr(
 def published_cifar_barlow(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     learning_rates: Sequence[float] = (0.3, 0.1, 1.0),
@@ -126,7 +126,7 @@ def published_cifar_barlow(
 def _cifar(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None,
     learning_rates: Sequence[float],
     epochs: int,
@@ -143,7 +143,7 @@ def _cifar(
 def solo(
     encoder: nn.Module,
     train: Loader,
-    val: Features,
+    val: Features | Loader,
     num_classes: int | None = None,
     *,
     method: str = "simclr",

@@ -42,6 +42,17 @@ def _decades(first: int) -> Numbers:
     return tuple(float(f"{10 ** (n / 3 + first):.4g}") for n in range(16))
 
 
+def _published(protocol: str, rates: Numbers, epochs: int) -> dict[str, Declared]:
+    """Settings of a published linear probe on new crops."""
+    name = f"published_{protocol}"
+    return {
+        f"{name}_learning_rates": Declared(
+            _above_zero, "for a batch of 256; the first, the published one, is the score", rates
+        ),
+        f"{name}_epochs": Declared(_count, "passes over the images", epochs),
+    }
+
+
 _auto_engine = Needs("data.engine is auto", ("data.engine",), lambda engine: engine == "auto")
 _local = Needs("views.local_crops is above 0", ("views.local_crops",), bool)
 _latents = Needs("projector.latents is a number", ("projector.latents",), bool)
@@ -336,7 +347,7 @@ class Eval:
     )
     options: Options = options(
         "probes",
-        given=("num_classes", "seed", "device"),
+        given=("num_classes", "mean", "std", "precision", "seed", "device"),
         logistic_strengths=Declared(_above_zero, _path, _decades(-5)),
         logistic_holdout=Declared(_part, _held, 0.1),
         knn_k=Declared(Ints(low=1), "neighbors that vote; the first is the score", (20,)),
@@ -360,6 +371,18 @@ class Eval:
         ),
         few_shot_draws=Declared(_count, "draws that a score averages", 5),
         few_shot_strength=Declared(_positive, "L2 strength, fixed", 0.01),
+        **_published("in100_simclr", (1.0, 0.1, 0.3, 3.0), 100),
+        **_published("in100_barlow", (0.1, 0.3, 1.0, 3.0), 100),
+        **_published("cifar_simclr", (0.4, 0.1, 1.0), 200),
+        **_published("cifar_barlow", (0.3, 0.1, 1.0), 50),
+        solo_method=Declared(Text(), "whose learning rate solo-learn's protocol takes", "simclr"),
+        solo_epochs=Declared(_count, "passes over the images", 100),
+        finetune_labels=Declared(
+            Float(above=0, high=1), "fraction of train's labels that is used", 1.0
+        ),
+        finetune_encoder_rate=Declared(_positive, "learning rate for a batch of 256", 0.05),
+        finetune_head_rate=Declared(_positive, "learning rate for a batch of 256", 0.05),
+        finetune_epochs=Declared(_count, "passes over the images", 30),
     )
 
 

@@ -36,7 +36,7 @@ views: {{size: 8, blur_prob: 0}}
 model: {{encoder: resnet_small}}
 projector: {{hidden: 16, out: 8}}
 optim: {{batch_size: 20, epochs: 1, warmup_epochs: 0}}
-eval: {{epochs: 2}}
+eval: {{logistic_strengths: [0.01, 0.1]}}
 """
     )
     run_ok(train.main, house, "--run.name", "finished")

@@ -28,8 +28,8 @@ def flat():
 def maps():
     return nn.Conv2d(3, 4, 1)
 """
-OPTIONS = """--run.device cpu --eval.epochs 3 --eval.probe_batch 32 --eval.weight_decays 1e-3
-    --eval.learning_rates 0.1,0.2,0.3 --eval.knn_k 5 --views.size 8"""
+OPTIONS = """--run.device cpu --eval.logistic_strengths 1e-3,1e-2,1e-1 --eval.knn_k 5
+    --views.size 8"""
 QUICK = OPTIONS.split()
 
 
@@ -68,7 +68,9 @@ def test_a_function_on_two_sets(
 ) -> None:
     found = rows(house, tmp_path / "new/out", *flat, "--eval.sets", f"{house}/columns")
     assert [(r.encoder, r.data, r.probe) for r in found] == [
-        ("pre-trained", data, probe) for data in ("test", "columns") for probe in ("sgd", "knn")
+        ("pre-trained", data, probe)
+        for data in ("test", "columns")
+        for probe in ("logistic", "knn")
     ]
     for row in found:
         predicted = np.load(tmp_path / "new/out" / str(row.predictions))

@@ -38,8 +38,8 @@ def evaluated(folder: Path, out: Path) -> list[Tensor]:
     uneven = features(encoder, _all_on_the_first_rank(beton), mean=(0.3,) * 3, std=(0.2,) * 3)
     command.main(
         f"""--data.train {folder}/train.beton --data.val {folder}/val.beton --views.size 12
-        --eval.encoder torch.nn:Flatten --run.device cpu --eval.epochs 2 --eval.probe_batch 8
-        --eval.learning_rates 0.1 --eval.weight_decays 1e-3 --eval.knn_k 3
+        --eval.encoder torch.nn:Flatten --run.device cpu --eval.logistic_strengths 1e-2
+        --eval.knn_k 3
         --eval.out {out}""".split()
     )
     return [found.features, found.labels, uneven.features, uneven.labels, mine]

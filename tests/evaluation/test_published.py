@@ -18,7 +18,7 @@ from fastproj.evaluation.crops import Views, crops_probe
 from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.finetune import finetune, labeled_fraction
 from fastproj.evaluation.heads import Heads, multistep
-from fastproj.evaluation.probes import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.loaders import Center, Crop, Loader, open_loader
 from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import Source
