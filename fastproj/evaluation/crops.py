@@ -2,6 +2,10 @@
 
 ``linear_probe`` extracts features once. The published protocols flip and crop each image anew in
 each epoch, so the encoder runs in each epoch too. All learning rates share that pass.
+
+The encoder is what an epoch costs. On 2 CPU cores beside other programs (n = 5, 32 px) loading,
+cropping and flipping alone gave 86,000 images/s (torch's DataLoader with torchvision 4,800), the
+small ResNet alone 541 and six learning rates with it 714, within the noise of the same.
 """
 
 import time
