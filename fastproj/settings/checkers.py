@@ -202,10 +202,10 @@ class Keys(Key):
     """One or more different names in a room's table: a tuple of them; ``logistic,knn``."""
 
     def check(self, value: str | list[str] | None) -> tuple[str, ...]:
-        texts = _texts(value)
-        if len(set(texts)) < len(texts):
+        names = tuple(str(self.parse(text.strip())) for text in _texts(value))
+        if len(set(names)) < len(names):
             raise ValueError
-        return tuple(str(self.parse(text.strip())) for text in texts)
+        return names
 
     def help(self) -> str:
         return "one or more of " + super().help()

@@ -61,6 +61,9 @@ def from_file(folder: Path, text: str, *argv):
         (Floats(), "[1, 2]", (1.0, 2.0)),
         (Floats(), ["1e-3", "2"], (0.001, 2.0)),
         (Floats(), "5", (5.0,)),
+        (Ints(), "1,2e1", (1, 20)),
+        (Keys("fastproj.evaluation:PROBES"), "knn, logistic", ("knn", "logistic")),
+        (Keys("fastproj.evaluation:PROBES"), ["KNN"], ("knn",)),
         (Schedule(), "1e-4", (1e-4,)),
         (Schedule(), "0.1,0", (0.1, 0.0)),
         (OrNull(Int()), None, None),
@@ -94,6 +97,10 @@ def test_checker_reads(checker, text, value):
         (Float(), None),
         (Float(above=0), "0"),
         (Float(high=1), "1.0001"),
+        (Ints(), "1,2.5"),
+        (Keys("fastproj.evaluation:PROBES"), "knn,knn"),
+        (Keys("fastproj.evaluation:PROBES"), "knn,KNN"),
+        (Keys("fastproj.evaluation:PROBES"), []),
         (Floats(), "1,,2"),
         (Floats(), []),
         (Floats(), None),
@@ -371,10 +378,11 @@ def values(checker) -> st.SearchStrategy:
         return text.filter(lambda t: not t.startswith("~") and t.lower() not in ("null", "none"))
     low = max(checker.low, -1e9)
     high = min(checker.high, 1e9)
-    if isinstance(checker, Int):
+    if isinstance(checker, Ints):
         whole = st.integers(math.ceil(low), math.floor(high))
-        several = st.lists(whole, min_size=1, max_size=4).map(tuple)
-        return several if isinstance(checker, Ints) else whole
+        return st.lists(whole, min_size=1, max_size=4).map(tuple)
+    if isinstance(checker, Int):
+        return st.integers(math.ceil(low), math.floor(high))
     number = st.floats(max(low, checker.above), high, exclude_min=math.isfinite(checker.above))
     if isinstance(checker, Floats):
         most = 2 if isinstance(checker, Schedule) else 4
