@@ -123,7 +123,7 @@ def test_probes_on_new_crops_are_rows_of_the_encoder_alone(root):
     assert barlow["optimizer"] == "lars" and barlow["learning_rates"] == [0.3, 3]
     assert (barlow["epochs"], barlow["images"], barlow["batch_size"]) == (2, 200, 200)
     assert solo["method"] == "simclr" and solo["crop"]["size"] == 8
-    assert (tuned["images"], tuned["labels"]) == (100, 0.5)
+    assert tuned["labels"] == 0.5 and 95 <= tuned["images"] <= 105  # stratified
     for row in found[-3:]:
         assert 0 < row.metrics["top1"] < 1 and row.seconds["probe"] > 0
     # The encoder that fine-tuning copied is as it was: kNN scores it the same again.
