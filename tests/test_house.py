@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms before it, never one behind it.
 ROOMS = [
     *["core", "settings", "data", "prepare", "loaders", "augment", "models", "objective"],
-    *["training", "runs", "evaluation"],
+    *["training", "runs", "evaluation", "studies"],
     "__main__",  # imports commands by name when it runs them; as scripts they hand over to it
-    *["train", "evaluate", "embed", "report", "export", "doctor", "bench", "demo"],
+    *["train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"],
 ]
 # The commands, and what turns their settings into the parts of a run: all that sees settings.
-COMMANDS = {"train", "evaluate", "embed", "report", "export", "doctor", "bench", "demo"}
+COMMANDS = {"train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"}
 SEE_SETTINGS = {
     *{"fastproj.prepare.command", "fastproj.runs.command", "fastproj.training.build"},
 }

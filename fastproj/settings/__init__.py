@@ -20,6 +20,7 @@ from fastproj.settings.commands import (
 from fastproj.settings.embed import EMBED, EmbedSettings
 from fastproj.settings.read import load
 from fastproj.settings.run import RUN, Settings
+from fastproj.settings.study import STUDY
 
 __all__ = [
     "BENCH",
@@ -27,6 +28,7 @@ __all__ = [
     "EMBED",
     "PREPARE",
     "RUN",
+    "STUDY",
     "BenchSettings",
     "EmbedSettings",
     "PrepareSettings",

@@ -3,21 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastproj.core.errors import SettingError
 from fastproj.core.table import nearest
 from fastproj.settings.checkers import Choice, Keys, OrNull, Value
-from fastproj.settings.schema import Declared, Needs, Schema, undeclared
-
-
-class Given(NamedTuple):
-    """A setting as a file or the command line gives it: text, its source, and its place."""
-
-    name: str
-    text: str | list[str] | None
-    source: str
-    where: str
+from fastproj.settings.schema import Declared, Given, Needs, Schema, undeclared
 
 
 @dataclass(frozen=True)

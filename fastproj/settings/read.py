@@ -13,13 +13,14 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import shipped_recipe
 from fastproj.core.table import nearest
 from fastproj.settings.checkers import File
-from fastproj.settings.choose import Given, choose
+from fastproj.settings.choose import choose
 from fastproj.settings.plugins import load_plugin
-from fastproj.settings.schema import S, Schema, as_yaml
+from fastproj.settings.schema import Given, S, Schema, as_yaml
 
 BASE = "base"  # two keys of a file that are no settings: the recipe to read before it,
 PLUGINS = "plugins"  # and what to import before anything is chosen
 ARGV = "command line"
+DEPTH = 4  # dots in arms.NAME.settings.section.name, the longest name in a block
 
 
 class _Plugin(NamedTuple):
@@ -67,9 +68,11 @@ def load(
     if cfg is not None:
         cfg = shipped_recipe(cfg)
         before, plugins = _read_recipe(cfg, schema)
-        if "run.name" in schema.params:
-            before.insert(0, Given("run.name", Path(cfg).stem, "default", cfg))
+        for named in {"run.name", "study.name"} & schema.params.keys():
+            before.insert(0, Given(named, Path(cfg).stem, "default", cfg))
         given, wanted = before + given, plugins + wanted
+    blocks = tuple(item for item in given if schema.in_block(item.name))
+    given = [item for item in given if not schema.in_block(item.name)]
     loaded = _load_plugins(wanted)
     _refuse_unknown(schema, given)
     chosen = choose(schema, given)
@@ -89,6 +92,7 @@ def load(
         plugins=loaded,
         _values={name: chosen.all[name] for name in chosen.sources},
         _sources=chosen.sources,
+        _blocks=blocks,
     )
 
 
@@ -132,7 +136,7 @@ def _read_command_line(argv: Sequence[str]) -> tuple[str | None, list[Given], li
 
 def _full_name(name: str, schema: Schema, plugins: Sequence[_Plugin]) -> str:
     """``section.name`` of an option; the section may be left out where the name is unique."""
-    if name in schema.params or schema.is_option(name):
+    if name in schema.params or schema.is_option(name) or schema.in_block(name):
         return name
     found = [full for full in schema.params if full.split(".")[1] == name]
     if not found and "." not in name:  # a hyperparameter that only a plugin's entry names
@@ -202,29 +206,40 @@ def _read_file(path: str, schema: Schema, asked: str) -> Iterator[Given]:
     if not isinstance(root, yaml.MappingNode):
         what = "is empty" if root is None else "holds no sections"
         raise InputError(f"{path} {what}; write 'section:' and below it, indented, 'name: value'")
-    lines: dict[str, int] = {}
-    todo = [("", root)]
-    while todo:
-        prefix, mapping = todo.pop()
-        for key, node in mapping.value:
-            line = key.start_mark.line + 1
-            where = f"{path}, line {line}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise SettingError(f"{where}: the name of a setting is plain text")
-            name = prefix + key.value
-            if name in lines:
-                raise SettingError(f"{where}: {name} is already set on line {lines[name]}")
-            lines[name] = line
-            known = name in schema.params or name in (BASE, PLUGINS)
-            if known or (schema.is_option(name) and not isinstance(node, yaml.MappingNode)):
-                yield Given(name, _text(node, where), f"file {path}", where)
-            elif name not in schema.groups:
-                right = nearest(name, [*schema.params, BASE, PLUGINS])
-                raise SettingError(f"{where}: unknown setting {name!r}; did you mean {right!r}?")
-            elif isinstance(node, yaml.MappingNode):
-                todo.append((f"{name}.", node))
-            elif _text(node, where) is not None:
-                raise SettingError(f"{where}: {name} is a section; write its settings below it")
+    yield from _read_mapping(root, "", path, schema, {})
+
+
+def _read_mapping(
+    mapping: yaml.MappingNode, prefix: str, path: str, schema: Schema, lines: dict[str, int]
+) -> Iterator[Given]:
+    """What a mapping gives, in its order; ``lines``: where each name was given before."""
+    for key, node in mapping.value:
+        line = key.start_mark.line + 1
+        where = f"{path}, line {line}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise SettingError(f"{where}: the name of a setting is plain text")
+        name = prefix + key.value
+        if name in lines:
+            raise SettingError(f"{where}: {name} is already set on line {lines[name]}")
+        lines[name] = line
+        inside = isinstance(node, yaml.MappingNode)
+        known = name in schema.params or name in (BASE, PLUGINS)
+        if schema.in_block(name):
+            if name.count(".") > DEPTH:
+                raise SettingError(f"{where}: {name} is nested too deeply")
+            if inside and node.value:
+                yield from _read_mapping(node, f"{name}.", path, schema, lines)
+            else:  # "name: {}" is a name with nothing below it, as "name:" is
+                yield Given(name, None if inside else _text(node, where), f"file {path}", where)
+        elif known or (schema.is_option(name) and not inside):
+            yield Given(name, _text(node, where), f"file {path}", where)
+        elif name not in schema.groups:
+            right = nearest(name, [*schema.params, *schema.blocks, BASE, PLUGINS])
+            raise SettingError(f"{where}: unknown setting {name!r}; did you mean {right!r}?")
+        elif inside:
+            yield from _read_mapping(node, f"{name}.", path, schema, lines)
+        elif _text(node, where) is not None:
+            raise SettingError(f"{where}: {name} is a section; write its settings below it")
 
 
 def _text(node: yaml.Node, where: str) -> str | list[str] | None:

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import yaml
 from fastargs import Config, Param, Section
@@ -16,6 +16,15 @@ from fastproj.settings.checkers import Bool, Float, Floats, Int, Key, OrNull, Te
 
 Options = Mapping[str, Any]
 """The hyperparameters of a chosen entry: name -> value, each one that its signature names."""
+
+
+class Given(NamedTuple):
+    """A setting as a file or the command line gives it: text, its source, and its place."""
+
+    name: str
+    text: str | list[str] | None
+    source: str
+    where: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Loaded:
     plugins: tuple[str, ...]  # "/folder/file.py#sha256=…" or "module#sha256=…"
     _values: dict[str, Value]
     _sources: dict[str, str]
+    _blocks: tuple[Given, ...]  # what stands in the schema's blocks, in its order
 
     def flat(self) -> dict[str, Value]:
         """``{"section.name": value}`` of all that is read, in the order of declaration.
@@ -111,11 +121,17 @@ class Schema(Config, Generic[S]):
     """The fastargs Config of a dataclass of sections: every Param under ``section.name``.
 
     ``readers``: the commands that read only a part, each with the sections and settings it reads.
+    ``blocks``: keys below which a file names things of its own; whoever uses them checks them.
     """
 
-    def __init__(self, kind: type[S], readers: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        kind: type[S],
+        readers: Mapping[str, tuple[str, ...]] | None = None,
+        blocks: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
-        self.kind, self.readers = kind, dict(readers or {})
+        self.kind, self.readers, self.blocks = kind, dict(readers or {}), blocks
         self.params: dict[str, Declared] = {}
         self.groups: dict[str, type] = {}
         self.choices: dict[str, str] = {}  # section -> the setting that names its entry
@@ -170,6 +186,10 @@ class Schema(Config, Generic[S]):
         if not short or section not in self.choices:
             return False
         return short not in {item.name for item in fields(self.groups[section])}
+
+    def in_block(self, name: str) -> bool:
+        """Whether the name is a block's or begins with one's."""
+        return name.partition(".")[0] in self.blocks
 
     def reads(self, command: str, name: str) -> bool:
         """Whether the command reads the setting ``section.name``."""

@@ -1,0 +1,348 @@
+"""From the run folders of a study to what they say together: a dict as JSON holds it."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastproj.core.errors import InputError
+from fastproj.evaluation.results import Row, read_evaluation
+from fastproj.runs import journal
+from fastproj.studies import statistics
+from fastproj.studies.plan import NO_OP, Arm, Check, Job, Plan
+from fastproj.studies.running import StudyError
+
+SCHEMA = 1  # of study.json
+ENCODER = "pre-trained"  # the rows that count: not those of the baselines of one run
+POINTS = 100.0  # per unit of accuracy
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one run gave.
+
+    ``metrics``: ``PROBE.METRIC`` -> value. ``primary``: the study's, in points if it is a fraction.
+    ``holdout``: the primary probe's accuracy on its holdout of train, points; None where it has
+    none. ``correct``: whether the primary probe is right on each val image, bool (N,).
+    ``protocol``: everything that must be the same in all runs of a set. ``rate``: images/s.
+    """
+
+    metrics: dict[str, float]
+    primary: float
+    holdout: float | None
+    correct: NDArray[np.bool_] | None
+    diagnostics: dict[str, float]
+    protocol: dict[str, Any]
+    hours: float
+    rate: float
+    environment: dict[str, Any]
+
+
+def read_score(job: Job, primary: str, labels: NDArray[np.integer]) -> Score:
+    """Read a whole run. ``labels``: of the val images, int (N,).
+
+    Raises ``StudyError`` where no probe gives the metric ``primary``, and ``InputError`` where a
+    file is missing or damaged.
+    """
+    run = job.run
+    evaluation, events = read_evaluation(run), journal.read(run.metrics)
+    rows = {row.probe: row for row in evaluation.rows if row.encoder == ENCODER}
+    metrics = {f"{name}.{m}": v for name, row in rows.items() for m, v in row.metrics.items()}
+    if primary not in metrics:
+        raise StudyError(
+            f"study.primary is {primary!r}, which no probe gives in {run.evaluation}; choose one "
+            f"of {', '.join(metrics)}"
+        )
+    probe, _, metric = primary.partition(".")
+    row = rows[probe]
+    held = row.protocol["probe"].get("chosen", {}).get("holdout_top1")
+    epochs = [event for event in events if event["event"] == "epoch"]
+    busy = sum(sum(event["seconds"].values()) for event in epochs)
+    busy += sum(row.seconds["probe"] for row in rows.values()) + row.seconds["features"]
+    try:
+        environment = json.loads(run.environment.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {run.environment}: {error}") from None
+    return Score(
+        metrics=metrics,
+        primary=POINTS * metrics[primary],
+        holdout=None if held is None else POINTS * held,
+        correct=_correct(job, row, labels) if metric == "top1" and row.predictions else None,
+        diagnostics=epochs[-1]["diagnostics"] if epochs else {},
+        protocol=_protocol(row),
+        hours=busy / 3600,
+        rate=events[-1].get("images_per_second", math.nan),
+        environment=environment,
+    )
+
+
+def _correct(job: Job, row: Row, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
+    assert row.predictions is not None
+    path = job.run.path / row.predictions
+    try:
+        predicted = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {error}; evaluate the run again") from None
+    if predicted.shape != labels.shape:
+        raise InputError(
+            f"{path} has {len(predicted)} predictions for {len(labels)} val images: evaluate the "
+            "run again"
+        )
+    return predicted == labels
+
+
+def _protocol(row: Row) -> dict[str, Any]:
+    """What was probed and how, without what differs from run to run: files, seeds, choices."""
+    data, features, probe = (row.protocol[part] for part in ("data", "features", "probe"))
+    return {
+        "train": data["train"]["content"],
+        "val": data["val"]["content"],
+        "crop": features["crop"],
+        "probe": {name: value for name, value in probe.items() if name not in ("chosen", "seed")},
+    }
+
+
+def same_protocol(scores: dict[Job, Score]) -> dict[str, str]:
+    """Take out of ``scores`` the runs that were probed otherwise than most of their set.
+
+    Returns one line per run taken out, by the job's name.
+    """
+    lines = {}
+    for dataset in {job.dataset for job in scores}:
+        texts = {
+            job: json.dumps(score.protocol, sort_keys=True)
+            for job, score in scores.items()
+            if job.dataset == dataset
+        }
+        ((most, _),) = Counter(texts.values()).most_common(1)
+        for job, text in texts.items():
+            if text != most:
+                ours, others = scores.pop(job).protocol, json.loads(most)
+                parts = ", ".join(name for name in ours if ours[name] != others[name])
+                lines[job.name] = (
+                    f"{job.run.path} was scored otherwise than the other runs of {dataset} "
+                    f"({parts}): evaluate it again, or remove it"
+                )
+    return lines
+
+
+def choose(
+    plan: Plan, scores: Mapping[Job, Score]
+) -> tuple[dict[tuple[str, str], dict[str, str]], list[dict[str, Any]]]:
+    """What each arm's sweep chooses on each set, by the mean accuracy on the holdout of train.
+
+    A try with a failed run loses. Returns (arm, set) -> settings, without those of which every try
+    failed, and what the sweeps found. Raises ``StudyError`` for a probe without a holdout.
+    """
+    choices: dict[tuple[str, str], dict[str, str]] = {}
+    found = []
+    for dataset in plan.sets:
+        for arm in plan.arms:
+            if arm.control:
+                continue
+            tries = arm.tries()
+            if not arm.sweep:
+                choices[arm.name, dataset] = {}
+                continue
+            means: list[float | None] = []
+            for trial, chosen in enumerate(tries):
+                jobs = [plan.job(arm, dataset, s, chosen, trial) for s in plan.sweep_seeds]
+                held = [scores[job].holdout for job in jobs if job in scores]
+                if None in held:
+                    raise StudyError(
+                        f"a sweep chooses on the holdout of the primary probe, and that of "
+                        f"{plan.primary} has none: give a linear probe's metric as study.primary"
+                    )
+                values = [value for value in held if value is not None]
+                means.append(float(np.mean(values)) if len(values) == len(jobs) else None)
+            possible = [trial for trial, mean in enumerate(means) if mean is not None]
+            best = max(possible, key=lambda trial: means[trial] or 0.0, default=None)
+            if best is not None:
+                choices[arm.name, dataset] = tries[best]
+            edges = [
+                name for name, values in arm.sweep.items()
+                if best is not None and len(values) > 2
+                and tries[best][name] in (values[0], values[-1])
+            ]  # fmt: skip
+            found.append(
+                {"set": dataset, "arm": arm.name, "tries": tries, "holdout": means,
+                 "chosen": None if best is None else tries[best], "edge": edges}
+            )  # fmt: skip
+    return choices, found
+
+
+def acted(check: Check, ours: Sequence[float], baseline: Sequence[float]) -> bool | None:
+    """Whether the treatment acted; None where the numbers do not say (see ``Check``)."""
+    if check.bound is not None:
+        if not ours:
+            return None
+        return all(x > check.bound if check.direction == "above" else x < check.bound for x in ours)
+    if not ours or len(ours) != len(baseline):
+        return None
+    gain = statistics.paired_gain(ours, baseline)
+    if gain.n < 2:
+        return None
+    if math.isnan(gain.low):  # all differences are equal
+        low = high = float(gain.mean)
+    else:
+        low, high = float(gain.low), float(gain.high)
+    return bool(high < 0 if check.direction == "lower" else low > 0)
+
+
+def summarize(plan: Plan, dataset: str, scores: Mapping[Job, Score]) -> list[dict[str, Any]]:
+    """One row per arm of one set: points, paired by seed with the baseline."""
+    by_arm: dict[str, dict[int, Score]] = {arm.name: {} for arm in plan.arms}
+    for job, score in scores.items():
+        if job.dataset == dataset and job.trial is None:
+            by_arm[job.arm][job.pair] = score
+    rows = [_row(plan, arm, dataset, by_arm) for arm in plan.arms]
+    treatments = [row for row in rows if row.get("p") is not None and not row["control"]]
+    adjusted = statistics.holm([row["p"] for row in treatments])
+    for row, p in zip(treatments, adjusted, strict=True):
+        row["p_holm"] = float(p)
+    for arm, row in zip(plan.arms, rows, strict=True):
+        row["conclusion"] = _conclude(plan, arm, row)
+        row.pop("_gain", None)
+    return rows
+
+
+def _row(plan: Plan, arm: Arm, dataset: str, by_arm: Mapping[str, Any]) -> dict[str, Any]:
+    mine, base = by_arm[arm.name], by_arm[plan.baseline]
+    values = [mine[seed].primary for seed in sorted(mine)]
+    row: dict[str, Any] = {
+        "set": dataset, "arm": arm.name, "control": arm.control, "n": len(values),
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "published": arm.published_on(dataset), "acted": None,
+        "check": None if arm.acted is None else str(arm.acted),
+    }  # fmt: skip
+    for name in sorted({name for score in mine.values() for name in score.metrics}):
+        numbers = [score.metrics[name] for score in mine.values() if name in score.metrics]
+        row.setdefault("metrics", {})[name] = float(np.mean(numbers))
+    if arm.name == plan.baseline or not mine:
+        return row
+    row |= _compare(mine, base)
+    if arm.control:
+        return row
+    if arm.acted:
+        name = arm.acted.diagnostic
+        seeds = [s for s in sorted(mine) if name in mine[s].diagnostics]
+        if arm.acted.bound is None:
+            seeds = [s for s in seeds if s in base and name in base[s].diagnostics]
+        ours = [mine[s].diagnostics[name] for s in seeds]
+        theirs = [base[s].diagnostics[name] for s in seeds if arm.acted.bound is None]
+        row["acted"] = acted(arm.acted, ours, theirs)
+        row["diagnostic"] = {"arm": ours, "baseline": theirs}
+    for control in plan.arms:  # what the treatment adds to its own noise
+        if control.control == arm.name and by_arm[control.name]:
+            beyond = _compare(mine, by_arm[control.name])
+            beyond.pop("_gain", None)
+            row["beyond_noise"] = beyond
+    return row
+
+
+def _compare(mine: Mapping[int, Score], base: Mapping[int, Score]) -> dict[str, Any]:
+    """The paired difference over the common seeds; nothing where there are none."""
+    seeds = sorted(mine.keys() & base.keys())
+    if not seeds:
+        return {"pairs": 0}
+    ours = [mine[seed].primary for seed in seeds]
+    theirs = [base[seed].primary for seed in seeds]
+    gain = statistics.paired_gain(ours, theirs)
+    found: dict[str, Any] = {"pairs": len(seeds), "_gain": gain}
+    for name in ("mean", "std", "low", "high", "p"):
+        value = float(getattr(gain, name))
+        found[name if name == "p" else f"gain_{name}"] = None if math.isnan(value) else value
+    pairs = [(mine[seed].correct, base[seed].correct) for seed in seeds]
+    if len(seeds) > 1:
+        found["p_permutation"] = statistics.paired_permutation(ours, theirs)
+    right = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(right) == len(pairs):
+        difference = np.mean([a.astype(float) - b for a, b in right], axis=0)
+        low, high = statistics.image_interval(difference)
+        found["images_low"], found["images_high"] = POINTS * low, POINTS * high
+        if len(right) == 1:
+            found["p_mcnemar"] = statistics.mcnemar(*right[0])
+    return found
+
+
+def _conclude(plan: Plan, arm: Arm, row: dict[str, Any]) -> str:
+    if not row["n"]:
+        return "no run has a result"
+    if arm.name == plan.baseline:
+        return "the baseline"
+    gain = row.get("_gain")
+    if gain is None:
+        return f"no seed in common with {plan.baseline}: nothing can be concluded"
+    published = row["published"]
+    if published and row["gain_std"]:
+        row["seeds_needed"] = statistics.seeds_needed(published, row["gain_std"])
+    p = row["p"] if arm.control else row.get("p_holm")
+    text = statistics.conclusion(gain, math.nan if p is None else p, published)
+    if arm.control:
+        kind = "the noise floor" if arm.control == NO_OP else f"the noise of {arm.control} alone"
+        return f"{kind}: {text}"
+    if row["acted"] is False:
+        return f"the treatment did not act ({row['check']}), so this is no test of it: {text}"
+    if row["check"] and row["acted"] is None:
+        return f"whether the treatment acted is not known ({row['check']}): {text}"
+    return text
+
+
+def report(
+    plan: Plan,
+    scores: Mapping[Job, Score],
+    sweeps: Sequence[Mapping[str, Any]],
+    together: set[str],
+    problems: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything: what ``study.json`` holds, and the tables are made of."""
+    sets = []
+    for dataset in plan.sets:
+        rows = summarize(plan, dataset, scores)
+        groups: dict[str, list[float]] = {}
+        for job, score in scores.items():
+            if job.dataset == dataset and job.trial is None:
+                groups.setdefault(job.arm, []).append(score.primary)
+        pooled = statistics.pooled_std(list(groups.values()))
+        sets.append({"set": dataset, "pooled_std": None if math.isnan(pooled) else pooled,
+                     "rows": rows})  # fmt: skip
+    runs = [
+        {"job": job.name, "set": job.dataset, "arm": job.arm, "seed": job.pair, "trial": job.trial,
+         "overrides": {k: v for k, v in job.overrides.items() if k != "run.dir"},
+         "recipe": job.recipe, "metrics": score.metrics, "holdout": score.holdout,
+         "diagnostics": score.diagnostics, "hours": score.hours,
+         "images_per_second": None if job.name in together else score.rate}
+        for job, score in scores.items()
+    ]  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "study": plan.folder.name,
+        "primary": plan.primary,
+        "baseline": plan.baseline,
+        "seeds": list(plan.seeds),
+        "arms": [{**asdict(arm), "acted": str(arm.acted) if arm.acted else None}
+                 for arm in plan.arms],
+        "sets": sets,
+        "sweeps": [dict(sweep) for sweep in sweeps],
+        "runs": runs,
+        "problems": dict(problems),
+        "hours": sum(score.hours for score in scores.values()),
+        "environment": _environments(scores.values()),
+    }  # fmt: skip
+
+
+def _environments(scores: Any) -> dict[str, list[Any]]:
+    """Each part of the environments, its different values: one where all runs agree."""
+    found: dict[str, list[Any]] = {}
+    for score in scores:
+        for name in ("git", "python", "platform", "cpu", "cores", "gpus", "packages"):
+            value = score.environment.get(name)
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return found

@@ -1,0 +1,283 @@
+"""Runs the jobs of a study by the ordinary commands, each a process of its own, several at once.
+
+What is whole is left alone and what was cut is resumed, so that a study may be ended and started
+again at any moment. The study's journal says what ran beside what.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Literal
+
+from tqdm import tqdm
+
+from fastproj.core.errors import InputError
+from fastproj.core.files import writing
+from fastproj.core.machine import cores
+from fastproj.evaluation.results import read_evaluation
+from fastproj.runs import checkpoint, journal
+from fastproj.runs.folder import RunFolder
+from fastproj.studies.plan import Job
+
+State = Literal["absent", "cut", "trained", "whole"]
+POLL = 0.1  # seconds between looks at the processes
+PATIENCE = 60  # seconds that runs of an earlier, killed start have to end
+
+
+class StudyError(InputError):
+    """What is wrong with the study, and not with one of its runs."""
+
+
+def state(run: RunFolder) -> State:
+    """How far a run has come. Raises ``InputError`` where its journal or its scores are damaged.
+
+    ``absent`` is also a run without a checkpoint, which a kill left before its first step.
+    ``trained``: it has ended, and was not evaluated since.
+    """
+    if checkpoint.latest(run.checkpoints) is None:
+        if run.evaluation.exists():
+            raise InputError(f"{run.path} has scores and no checkpoint: remove the folder")
+        return "absent"
+    if not run.metrics.exists():
+        return "cut"
+    ends = [event for event in journal.read(run.metrics) if event["event"] == "end"]
+    if not ends:
+        return "cut"
+    if not run.evaluation.exists() or read_evaluation(run).checkpoint["step"] != ends[-1]["step"]:
+        return "trained"
+    return "whole"
+
+
+@dataclass
+class Log:
+    """``study.jsonl``: one object per line, ``start`` and ``end`` of each command of each job."""
+
+    path: Path
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line."""
+        with writing(self.path), open(self.path, "ab", buffering=0) as file:
+            if file.tell():  # a kill may have left half a line
+                with open(self.path, "rb") as before:
+                    before.seek(-1, os.SEEK_END)
+                    if before.read(1) != b"\n":
+                        file.write(b"\n")
+            file.write((json.dumps({"event": kind, "time": time.time(), **fields}) + "\n").encode())
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every whole line."""
+        found = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            found += [event] if isinstance(event, dict) else []
+        return found
+
+    def together(self) -> set[str]:
+        """The jobs that shared the machine with another one at any time: their rates say little."""
+        starts = [event for event in self.events() if event["event"] == "start"]
+        return {
+            name for event in starts if event["beside"] for name in (event["job"], *event["beside"])
+        }
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold the lock file ``path``; its descriptor is for the children, who keep it while they live.
+
+    So a second start waits until the runs of a killed one have ended. Raises ``InputError`` after
+    ``PATIENCE`` seconds.
+    """
+    with writing(path):
+        file = open(path, "ab")  # noqa: SIM115
+    with file:
+        end, told = time.monotonic() + PATIENCE, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"{path.parent} is at work: another study, or a run of one, holds "
+                        f"{path.name}; wait until it has ended"
+                    ) from None
+                if not told:
+                    print(f"waiting for the runs of another start in {path.parent}",
+                          file=sys.stderr, flush=True)  # fmt: skip
+                told = True
+                time.sleep(POLL)
+        yield file.fileno()
+
+
+@dataclass
+class _Running:
+    job: Job
+    found: State
+    command: str
+    process: subprocess.Popen
+    output: IO[bytes]
+    slot: int
+    began: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Brings jobs to their end, ``processes`` at once, and stops all of them when it is stopped.
+
+    ``gpus``: how many there are; each of the jobs at once takes one, in turns. ``lock``: a
+    descriptor that the children inherit. ``check`` is called with each job whose folder is there,
+    ``finished`` with each that is whole, and returns a few words. An ``InputError`` of them is that
+    job's, a ``StudyError`` ends the study. ``problems``: one line per job that failed, by its name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int,
+        gpus: int = 0,
+        lock: int | None = None,
+        check: Callable[[Job], None] = lambda job: None,
+        finished: Callable[[Job], str] = lambda job: "",
+    ) -> None:
+        self.log = Log(folder / "study.jsonl")
+        self.problems: dict[str, str] = {}
+        self.signal = 0
+        self._logs = folder / "logs"
+        with writing(self._logs):
+            self._logs.mkdir(parents=True, exist_ok=True)
+        self._processes, self._gpus, self._lock = processes, gpus, lock
+        self._check, self._finished = check, finished
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is not whole; returns when nothing is left, or after a signal (``signal``)."""
+        waiting, running = list(jobs), list[_Running]()
+        before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(total=len(jobs), unit="run", file=sys.stderr, disable=not sys.stderr.isatty())
+        try:
+            with bar:
+                while (waiting and not self.signal) or running:
+                    while waiting and not self.signal and len(running) < self._processes:
+                        self._begin(waiting.pop(0), running, bar)
+                    if running:
+                        time.sleep(POLL)
+                    for one in [one for one in running if one.process.poll() is not None]:
+                        running.remove(one)
+                        self._end(one, running, bar)
+                    if self.signal:
+                        _terminate(running)
+        finally:
+            _terminate(running)
+            for one in running:
+                one.process.wait()
+                one.output.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def _begin(
+        self, job: Job, running: list[_Running], bar: tqdm, before: State | None = None
+    ) -> None:
+        """Start the next command of the job, or count the job where none is left.
+
+        ``before``: what the last command found, and was to change.
+        """
+        try:
+            found = state(job.run)
+            if found != "absent":
+                self._check(job)
+            if found == before:
+                raise InputError(f"{job.run.path} is as {found} as before its last command")
+            said = self._finished(job) if found == "whole" else ""
+        except StudyError:
+            raise
+        except InputError as error:
+            self._fail(job, str(error), bar)
+            return
+        if found == "whole":
+            bar.update()
+            _tell(f"{bar.n}/{bar.total}  {job.name}: {said}")
+            return
+        argv = {
+            "absent": ["train", *job.argv()],
+            "cut": ["train", "--run.resume", str(job.run.path)],
+            "trained": ["evaluate", str(job.run.path)],
+        }[found]
+        slot = min(set(range(self._processes)) - {one.slot for one in running})
+        environment = {"OMP_NUM_THREADS": str(max(1, cores() // self._processes)), **os.environ}
+        if self._gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(n) for n in range(self._gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot % self._gpus]
+        beside = sorted(one.job.name for one in running)
+        self.log.event("start", job=job.name, command=argv[0], found=found, beside=beside)
+        path = self._logs / f"{job.name.replace('/', '-')}.log"
+        with writing(path):
+            output = open(path, "ab")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastproj", *argv], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, env=environment, pass_fds=() if self._lock is None else (self._lock,),
+            preexec_fn=_die_with(os.getpid()), start_new_session=True,
+        )  # fmt: skip
+        running.append(_Running(job, found, argv[0], process, output, slot))
+
+    def _end(self, one: _Running, running: list[_Running], bar: tqdm) -> None:
+        one.output.close()
+        code, seconds = one.process.returncode, time.monotonic() - one.began
+        self.log.event("end", job=one.job.name, command=one.command, code=code, seconds=seconds)
+        if self.signal:
+            return
+        if code:
+            path = Path(one.output.name)
+            self._fail(one.job, f"{_last_line(path) or f'exit code {code}'} ({path})", bar)
+        else:
+            self._begin(one.job, running, bar, one.found)
+
+    def _fail(self, job: Job, reason: str, bar: tqdm) -> None:
+        self.problems[job.name] = f"{job.name}: {reason}"
+        bar.update()
+        _tell(f"{bar.n}/{bar.total}  failed: {self.problems[job.name]}")
+
+
+def _tell(line: str) -> None:
+    tqdm.write(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr)
+
+
+def _terminate(running: Sequence[_Running]) -> None:
+    """Ask every process to end: training saves where it stands."""
+    for one in running:
+        if one.process.poll() is None:
+            one.process.terminate()
+
+
+def _last_line(path: Path) -> str:
+    """What a command said last, without ``error: ``."""
+    lines = path.read_text(errors="replace").strip().splitlines() or [""]
+    return lines[-1].removeprefix("error: ")
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """For a child: be killed when ``parent`` dies, so that no run goes on unseen (Linux)."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def die_with() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died in between
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return die_with

@@ -1,0 +1,196 @@
+"""Command: does a treatment help? ``python -m fastproj.study --cfg rcfg/study/digits.yaml``
+
+A study file -> arms x sets x seeds as ordinary runs, each brought to its end by the ordinary
+commands -> paired differences with intervals, as a table on the terminal and in the study's folder.
+Started again, it goes on where it was.
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    from fastproj.__main__ import main as run_as_script
+
+    run_as_script("study")
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastproj.core.errors import InputError, SettingError
+from fastproj.core.files import write_text, writing
+from fastproj.data.beton import Beton
+from fastproj.evaluation import PROBES
+from fastproj.evaluation.protocol import open_sets
+from fastproj.settings import RUN, STUDY, Settings, load
+from fastproj.settings.study import StudySettings, read_blocks
+from fastproj.studies import results, table
+from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
+from fastproj.studies.results import Score
+from fastproj.studies.running import Runner, locked
+
+# What may differ between a run's config.yaml and the study. What data a run has seen is compared by
+# content: train does so where it resumes, and the scores of a set must be of one content.
+FREE = (
+    *("run.name", "run.dir", "run.device", "run.resume", "data."),
+    *("train.compile", "train.log_every", "train.checkpoint_every", "train.keep"),
+)
+
+
+def build_plan(settings: StudySettings) -> Plan:
+    """The study that the settings describe, its controls added.
+
+    Raises ``SettingError`` for a setting that some run would refuse, and ``InputError`` for arms
+    that cannot be compared.
+    """
+    study, blocks = settings.study, read_blocks(settings._blocks)
+    arms = []
+    for name, block in blocks.arms.items():
+        recipe = block.recipe or study.recipe
+        if recipe is None:
+            raise SettingError(
+                f"{block.where}: the arm {name} has no recipe: give it one, or study.recipe"
+            )
+        check = None if block.acted is None else Check.parse(block.acted, block.where)
+        arms.append(
+            Arm(name, recipe, block.settings, block.published, check, block.sweep or blocks.sweep)
+        )
+    for name, block in blocks.arms.items():
+        if unknown := block.published.keys() - blocks.sets.keys() - {""}:
+            raise SettingError(
+                f"{block.where}: arms.{name}.published names {sorted(unknown)[0]!r}, and the sets "
+                f"are {', '.join(blocks.sets)}"
+            )
+    plan = Plan(
+        folder=Path(study.dir) / study.name,
+        baseline=study.baseline,
+        primary=study.primary,
+        arms=tuple(arms),
+        sets={name: block.settings for name, block in blocks.sets.items()},
+        seeds=study.seeds,
+        sweep_seeds=study.sweep_seeds,
+        # A run's own baselines would be scored once per run; the study may still ask for them.
+        settings={"eval.baselines": "false", **blocks.settings},
+    )
+    noisy = []
+    for arm in plan.arms:
+        for dataset in plan.sets:
+            found = [_read(plan.job(arm, dataset, plan.seeds[0], tried)) for tried in arm.tries()]
+            if any(_adds_noise(one) for one in found) and arm.name not in noisy:
+                noisy.append(arm.name)
+    if not study.controls:
+        return plan
+    return replace(plan, arms=with_controls(plan.arms, plan.baseline, noisy))
+
+
+def _read(job: Job) -> Settings:
+    """The settings of a run, as train will read them."""
+    try:
+        return load(RUN, job.argv(), "python -m fastproj.train", "")
+    except InputError as error:
+        message = str(error).replace("command line: ", "").replace("--cfg", "its recipe")
+        raise type(error)(f"arm {job.arm} on {job.dataset}: {message}") from None
+
+
+def _adds_noise(settings: Settings) -> bool:
+    noisy = settings.superfluous
+    return noisy.noise != "none" and any(noisy.lambda_a + noisy.lambda_b)
+
+
+def check_run(job: Job) -> None:
+    """Raise ``InputError`` where the job's folder holds a run of other settings."""
+    wanted = _read(job).flat()
+    kept = load(RUN, [], "python -m fastproj.train", "", config=job.run.config).flat()
+    for name in [*wanted, *kept]:
+        if wanted.get(name) != kept.get(name) and not name.startswith(FREE):
+            raise InputError(
+                f"{job.run.path} is another run: it has {name} = {kept.get(name)}, the study asks "
+                f"for {wanted.get(name)}; remove it, or give the study another --study.name"
+            )
+
+
+def study(settings: StudySettings) -> dict[str, Any]:
+    """Run what is missing, then write the tables; returns what ``study.json`` holds.
+
+    Raises ``InputError`` for what the user must fix before anything runs. A run that fails is a
+    line in ``problems``. A signal ends the runs, which save where they stand; the tables are of
+    what is there, and the exit code is 128 + the signal's number.
+    """
+    plan = build_plan(settings)
+    probe = plan.primary.partition(".")[0]
+    if probe not in PROBES:
+        raise SettingError(
+            f"study.primary is {plan.primary!r}, and no probe is called {probe!r}; write "
+            f"PROBE.METRIC with one of {', '.join(PROBES)}"
+        )
+    val = {name: _open_set(plan, name) for name in plan.sets}
+    scores: dict[Job, Score] = {}
+
+    def finished(job: Job) -> str:
+        scores[job] = results.read_score(job, plan.primary, val[job.dataset].label)
+        return f"{plan.primary} {scores[job].primary:.2f}"
+
+    with writing(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    with locked(plan.folder / "study.lock") as lock:
+        runner = Runner(
+            plan.folder, settings.study.processes, torch.cuda.device_count(), lock,
+            check_run, finished,
+        )  # fmt: skip
+        runner.run(plan.sweeps())
+        problems = results.same_protocol(scores)
+        choices, sweeps = results.choose(plan, scores)
+        if not runner.signal:
+            runner.run(plan.jobs(choices))
+            problems |= results.same_protocol(scores)
+        problems = {**runner.problems, **problems}
+        if not any(job.trial is None for job in scores):
+            reasons = "; ".join([*problems.values()][:1]) or "it was stopped before the first ended"
+            _leave(runner.signal)
+            raise InputError(f"{plan.folder}: no run has a result: {reasons}")
+        report = results.report(plan, scores, sweeps, runner.log.together(), problems)
+        print(table.text(report), flush=True)
+        _write(plan.folder, report)
+    _leave(runner.signal)
+    return report
+
+
+def _leave(number: int) -> None:
+    if number:
+        raise SystemExit(128 + number)
+
+
+def _open_set(plan: Plan, dataset: str) -> Beton:
+    """The val set of every run on ``dataset``; the arms must agree on it."""
+    found = {}
+    for arm in plan.arms:
+        data = _read(plan.job(arm, dataset, plan.seeds[0], arm.tries()[0])).data
+        if data.val is None:
+            raise InputError(f"arm {arm.name} on {dataset}: data.val is missing")
+        found[data.train, data.val] = arm.name
+    if len(found) > 1:
+        raise InputError(
+            f"the arms {' and '.join(found.values())} have different data on {dataset}: give the "
+            f"set's data.train and data.val below sets.{dataset}"
+        )
+    ((train, val),) = found
+    return open_sets(train, val)[1]
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    write_text(folder / "study.json", json.dumps(report, indent=1) + "\n")
+    for name, form in (
+        ("csv", table.as_csv), ("md", table.as_markdown), ("tex", table.as_latex)
+    ):  # fmt: skip
+        write_text(folder / f"table.{name}", form(report))
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = load(STUDY, argv, "python -m fastproj.study", "Compare arms over seeds and sets.")
+    report = study(settings)
+    folder = Path(settings.study.dir) / settings.study.name
+    print(f"written: {folder}/study.json, table.csv, table.md, table.tex")
+    if problems := report["problems"]:
+        first = next(iter(problems.values()))
+        raise InputError(f"{len(problems)} runs have no result, the first: {first}")
