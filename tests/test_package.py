@@ -121,7 +121,7 @@ def test_the_wheel_holds_what_it_needs_and_no_more(built: tuple[Path, Path]) -> 
     kept = {name for name in names if ".dist-info/" not in name}
     ours = [path for path in (ROOT / "fastproj").rglob("*.py")]
     wanted = {path.relative_to(ROOT).as_posix() for path in ours}
-    wanted |= {f"fastproj/rcfg/{path.name}" for path in (ROOT / "rcfg").glob("*.yaml")}
+    wanted |= {f"fastproj/{p.relative_to(ROOT)}" for p in (ROOT / "rcfg").rglob("*.yaml")}
     wanted |= {f"fastproj/{n}" for n in ("py.typed", "prepare/imagenet100.txt", "_native.abi3.so")}
     assert wanted <= kept
     assert all(name.endswith(".pyi") or name.startswith("fastproj/rcfg/") for name in kept - wanted)

@@ -287,6 +287,12 @@ def _conclude(plan: Plan, arm: Arm, row: dict[str, Any]) -> str:
     if arm.control:
         kind = "the noise floor" if arm.control == NO_OP else f"the noise of {arm.control} alone"
         return f"{kind}: {text}"
+    beyond = row.get("beyond_noise", {})
+    if beyond.get("gain_low") is not None:
+        text += (
+            f"; beyond its noise alone {beyond['gain_mean']:+.2f} points "
+            f"({beyond['gain_low']:+.2f} to {beyond['gain_high']:+.2f})"
+        )
     if row["acted"] is False:
         return f"the treatment did not act ({row['check']}), so this is no test of it: {text}"
     if row["check"] and row["acted"] is None:

@@ -9,13 +9,13 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from types import FrameType
 from typing import IO, Any, Literal
 
@@ -127,7 +127,7 @@ class _Running:
     job: Job
     found: State
     command: str
-    process: subprocess.Popen
+    process: Popen
     output: IO[bytes]
     slot: int
     began: float = field(default_factory=time.monotonic)
@@ -163,6 +163,7 @@ class Runner:
     def run(self, jobs: Sequence[Job]) -> None:
         """Run what is not whole; returns when nothing is left, or after a signal (``signal``)."""
         waiting, running = list(jobs), list[_Running]()
+        self._done = 0
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(total=len(jobs), unit="run", file=sys.stderr, disable=not sys.stderr.isatty())
         try:
@@ -208,8 +209,7 @@ class Runner:
             self._fail(job, str(error), bar)
             return
         if found == "whole":
-            bar.update()
-            _tell(f"{bar.n}/{bar.total}  {job.name}: {said}")
+            self._count(f"{job.name}: {said}", bar)
             return
         argv = {
             "absent": ["train", *job.argv()],
@@ -227,8 +227,8 @@ class Runner:
         path = self._logs / f"{job.name.replace('/', '-')}.log"
         with writing(path):
             output = open(path, "ab")  # noqa: SIM115
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastproj", *argv], stdin=subprocess.DEVNULL, stdout=output,
+        process = Popen(
+            [sys.executable, "-m", "fastproj", *argv], stdin=DEVNULL, stdout=output,
             stderr=output, env=environment, pass_fds=() if self._lock is None else (self._lock,),
             preexec_fn=_die_with(os.getpid()), start_new_session=True,
         )  # fmt: skip
@@ -248,12 +248,14 @@ class Runner:
 
     def _fail(self, job: Job, reason: str, bar: tqdm) -> None:
         self.problems[job.name] = f"{job.name}: {reason}"
+        self._count(f"failed: {self.problems[job.name]}", bar)
+
+    def _count(self, line: str, bar: tqdm) -> None:
+        """One job more is done. tqdm counts nothing where there is no terminal."""
+        self._done += 1
         bar.update()
-        _tell(f"{bar.n}/{bar.total}  failed: {self.problems[job.name]}")
-
-
-def _tell(line: str) -> None:
-    tqdm.write(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr)
+        now = time.strftime("%H:%M:%S")
+        tqdm.write(f"{now}  {self._done}/{bar.total}  {line}", file=sys.stderr)
 
 
 def _terminate(running: Sequence[_Running]) -> None:

@@ -123,6 +123,7 @@ def test_the_noise_of_an_arm_is_taken_off_it(tmp_path: Path) -> None:
         fake_run(job, right[job.arm][job.pair])
     found = rows(results.report(plan, read_all(plan, jobs), [], set(), {}))
     assert found["x"]["beyond_noise"]["gain_mean"] == pytest.approx(100 * (1 + 0 + 1) / 3 / 40)
+    assert "; beyond its noise alone +1.67 points (-1.92 to +5.25)" in found["x"]["conclusion"]
     assert found["x noise only"]["conclusion"].startswith("the noise of x alone: ")
 
 

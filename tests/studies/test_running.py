@@ -1,0 +1,248 @@
+"""Bringing jobs to their end: what is found, what runs beside what, and what a failure stops."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastproj.core.errors import InputError
+from fastproj.studies import running
+from fastproj.studies.plan import Arm, Job, Plan
+from fastproj.studies.running import Log, Runner, StudyError, locked, state
+from tests.support.studies import fake_run
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Job]:
+    """Two arms, two seeds: a0, b0, a1, b1."""
+    plan = Plan(tmp_path / "s", "a", "sgd.top1", (Arm("a", "r"), Arm("b", "r")), {"d": {}}, (0, 1))
+    return plan.jobs({("a", "d"): {}, ("b", "d"): {}})
+
+
+def test_how_far_a_run_has_come(jobs: list[Job]) -> None:
+    run = jobs[0].run
+    assert state(run) == "absent"
+    run.path.mkdir(parents=True)
+    run.config.write_text("")  # killed before its first checkpoint
+    assert state(run) == "absent"
+    fake_run(jobs[0], None, ended=False)
+    assert state(run) == "cut"
+    fake_run(jobs[0], None)
+    assert state(run) == "trained"
+    fake_run(jobs[0], step=4)  # evaluated before its end
+    assert state(run) == "trained"
+    fake_run(jobs[0])
+    assert state(run) == "whole"
+    run.metrics.write_text("x\n")
+    with pytest.raises(InputError, match="is no JSON object"):
+        state(run)
+    run.metrics.unlink()
+    assert state(run) == "cut"
+    for path in run.checkpoints.iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="has scores and no checkpoint"):
+        state(run)
+
+
+class Process:
+    """A command that ends when it is looked at for the second time, after doing its work."""
+
+    started: list[list[str]] = []
+    environments: list[dict[str, str]] = []
+    codes: dict[str, int] = {}  # command and folder -> exit code
+    jobs: dict[str, Job] = {}
+
+    def __init__(self, argv: Sequence[str], env: dict[str, str], **rest: Any) -> None:
+        self.words, self.looked, self.returncode = list(argv[3:]), 0, None
+        self.started.append(self.words)
+        self.environments.append(env)
+        self.output = rest["stdout"]
+
+    def poll(self) -> int | None:
+        self.looked += 1
+        if self.looked == 2 and self.returncode is None:
+            name = next(n for n in self.jobs if n.split("/")[1] in " ".join(self.words))
+            self.returncode = self.codes.get(f"{self.words[0]} {name}", 0)
+            if self.returncode:
+                self.output.write(b"so it goes\nerror: the disk is full\n")
+                self.output.flush()
+            elif self.words[0] == "evaluate":
+                fake_run(self.jobs[name])
+            else:
+                fake_run(self.jobs[name], None)
+        return self.returncode
+
+    def terminate(self) -> None:
+        self.returncode = 143
+
+    def wait(self) -> int:
+        return self.returncode or 0
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> type[Process]:
+    for name, value in {"started": [], "environments": [], "codes": {}}.items():
+        monkeypatch.setattr(Process, name, value)
+    monkeypatch.setattr(Process, "jobs", {job.name: job for job in jobs})
+    monkeypatch.setattr(running, "Popen", Process)
+    monkeypatch.setattr(running, "POLL", 0.0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return Process
+
+
+def test_what_is_whole_is_left_alone_and_what_was_cut_goes_on(
+    jobs: list[Job],
+    process: type[Process],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, cut, trained, absent = jobs
+    fake_run(whole)
+    fake_run(cut, None, ended=False)
+    fake_run(trained, None)
+    seen: list[str] = []
+    checked: list[str] = []
+    runner = Runner(
+        tmp_path / "s", 1, check=lambda job: checked.append(job.name),
+        finished=lambda job: str(seen.append(job.name)),
+    )  # fmt: skip
+    runner.run(jobs)
+    assert process.started == [
+        ["train", "--run.resume", str(cut.run.path)], ["evaluate", str(cut.run.path)],
+        ["evaluate", str(trained.run.path)],
+        ["train", *absent.argv()], ["evaluate", str(absent.run.path)],
+    ]  # fmt: skip
+    assert seen == [job.name for job in jobs] and not runner.problems
+    assert set(checked) == set(seen)
+    assert "4/4  d/b-seed1: " in capsys.readouterr().err
+    runner.run(jobs)
+    assert len(process.started) == 5 and runner.log.together() == set()
+
+
+def test_a_failed_run_is_a_line_and_stops_nothing(
+    jobs: list[Job], process: type[Process], tmp_path: Path
+) -> None:
+    process.codes |= {f"train {jobs[0].name}": 1, f"evaluate {jobs[1].name}": 2}
+    jobs[2].run.path.mkdir(parents=True)
+    fake_run(jobs[2], step=8)
+    (jobs[2].run.path / "eval.json").write_text("{")
+    runner = Runner(tmp_path / "s", 2)
+    runner.run(jobs)
+    log = tmp_path / "s" / "logs" / "d-a-seed0.log"
+    assert runner.problems[jobs[0].name] == f"d/a-seed0: the disk is full ({log})"
+    assert "eval.json is damaged" in runner.problems[jobs[2].name]
+    assert runner.problems.keys() == {job.name for job in jobs[:3]}
+    assert state(jobs[3].run) == "whole"
+
+
+def test_a_command_that_changes_nothing_is_not_repeated_for_ever(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.fake_run", lambda *args, **rest: None)
+    runner = Runner(tmp_path / "s", 1)
+    runner.run(jobs[:1])
+    assert len(process.started) == 1 and "is as absent as before" in str(runner.problems)
+
+
+def test_an_error_of_the_study_ends_it(
+    jobs: list[Job], process: type[Process], tmp_path: Path
+) -> None:
+    def finished(job: Job) -> str:
+        raise StudyError("no such metric")
+
+    handlers = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StudyError):
+        Runner(tmp_path / "s", 2, finished=finished).run(jobs)
+    assert len(process.started) <= 4 and signal.getsignal(signal.SIGTERM) == handlers
+
+
+def test_runs_at_once_share_the_cores_or_take_a_gpu_each_and_the_log_says_so(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "cores", lambda: 5)
+    runner = Runner(tmp_path / "s", 2, gpus=2)
+    runner.run(jobs[:3])
+    assert {env["OMP_NUM_THREADS"] for env in process.environments} == {"2"}
+    assert {env["CUDA_VISIBLE_DEVICES"] for env in process.environments} == {"0", "1"}
+    starts = [event for event in runner.log.events() if event["event"] == "start"]
+    assert [event["beside"] for event in starts[:2]] == [[], [jobs[0].name]]
+    assert runner.log.together() >= {jobs[0].name, jobs[1].name}
+    ends = [event for event in runner.log.events() if event["event"] == "end"]
+    assert {event["code"] for event in ends} == {0} and len(ends) == len(starts) == 6
+
+
+def test_a_signal_ends_the_runs_and_starts_no_other(
+    jobs: list[Job], process: type[Process], tmp_path: Path
+) -> None:
+    def check(job: Job) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    fake_run(jobs[0], None, ended=False)
+    runner = Runner(tmp_path / "s", 1, check=check)
+    runner.run(jobs)
+    assert runner.signal == signal.SIGTERM and len(process.started) == 1
+    assert runner.problems == {}
+
+
+def test_half_a_line_of_a_killed_study_spoils_no_other(tmp_path: Path) -> None:
+    log = Log(tmp_path / "study.jsonl")
+    assert log.events() == []
+    log.event("start", job="a", beside=[])
+    with log.path.open("a") as file:
+        file.write('{"event": "sta')
+    log.event("start", job="b", beside=["a"])
+    log.event("start", job="c", beside=[])
+    assert [event["job"] for event in log.events()] == ["a", "b", "c"]
+    assert log.together() == {"a", "b"}
+
+
+def test_two_studies_of_one_folder_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.lock"
+    monkeypatch.setattr(running, "POLL", 0.01)
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(running, "PATIENCE", 0.05)
+        with pytest.raises(InputError, match="is at work"), locked(path):
+            pass
+        assert capfd.readouterr().err.count("waiting") == 1
+        monkeypatch.setattr(running, "PATIENCE", 60)
+        threading.Timer(0.1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        with locked(path) as descriptor:
+            assert os.fstat(descriptor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_child_is_killed_with_its_parent(tmp_path: Path) -> None:
+    """The parent dies without a word, as by SIGKILL; the child would sleep for a minute."""
+    program = (
+        "import os, subprocess, sys, time\n"
+        "from fastproj.studies.running import _die_with\n"
+        "argv = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)']\n"
+        "die = _die_with(os.getpid())\n"
+        "child = subprocess.Popen(argv, preexec_fn=die, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == -9
+    status = Path(f"/proc/{int(done.stdout)}/stat")
+    for _ in range(500):
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child lives")
