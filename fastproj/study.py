@@ -44,7 +44,7 @@ def build_plan(settings: StudySettings) -> Plan:
     Raises ``SettingError`` for a setting that some run would refuse, and ``InputError`` for arms
     that cannot be compared.
     """
-    study, blocks = settings.study, read_blocks(settings._blocks)
+    study, blocks = settings.study, read_blocks(settings)
     arms = []
     for name, block in blocks.arms.items():
         recipe = block.recipe or study.recipe

@@ -1,6 +1,5 @@
 """What the command study reads: the section ``study``, and the blocks that name sets and arms."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Seeds(Checker):
 
     def check(self, value: str | list[str] | None) -> tuple[int, ...]:
         texts = value.strip("[] ").split(",") if isinstance(value, str) else value or []
-        seeds = tuple(Int(0, 2**32 - 1).check(text) for text in texts)
+        seeds = tuple(Int(0, 2**32 - 1).parse(text) for text in texts)
         if not seeds or len(set(seeds)) < len(seeds):
             raise ValueError
         return seeds
@@ -70,8 +69,6 @@ class StudySettings(Loaded):
 
 STUDY = Schema(StudySettings, blocks=BLOCKS)
 
-Texts = Mapping[str, str]  # section.name -> its value as text, as the command line takes it
-
 
 @dataclass
 class Block:
@@ -94,14 +91,14 @@ class Blocks(NamedTuple):
     arms: dict[str, Block]
 
 
-def read_blocks(given: Sequence[Given]) -> Blocks:
-    """The blocks, in the order of the file; a later word on a setting replaces an earlier one.
+def read_blocks(settings: Loaded) -> Blocks:
+    """What stands in the blocks, in the order of the file; of two values the later one counts.
 
     Values stay text: the settings of each run are read from them as from a command line. Raises
     ``SettingError`` for a name that no setting has, and for a part that an arm does not have.
     """
     found = Blocks({}, {}, {}, {})
-    for item in given:
+    for item in settings._blocks:
         block, _, rest = item.name.partition(".")
         if block == "settings":
             found.settings.update(_setting(rest, item))

@@ -118,7 +118,10 @@ class Plan:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         if not self.sets:
-            raise InputError("a study needs a set: write 'sets:', its name and its data below it")
+            raise InputError(
+                "a study needs a set: in the file that --cfg names, write 'sets:', and below it "
+                "the set's name and data"
+            )
         if len(names) < 2:
             raise InputError("a study compares arms: write two or more below 'arms:'")
         if self.baseline not in names:

@@ -144,6 +144,24 @@ def test_runs_of_other_settings_are_foreign_and_left_as_they_are(
     start(root, unkilled.parent)  # the table is whole again
 
 
+@pytest.mark.slow
+def test_a_sweep_runs_first_and_its_choice_is_every_seeds(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(running, "Popen", Here)
+    more = ["--sweep.optim.lr", "1e-3,1e12", "--study.seeds", "0", "--settings.optim.epochs", "1",
+            "--settings.optim.optimizer", "sgd"]  # fmt: skip
+    with pytest.raises(InputError, match="2 runs have no result, the first: s/sweep/default-try1-"):
+        start(root, tmp_path, *more)  # the second learning rate diverges, which loses
+    report = json.loads((tmp_path / "tiny" / "study.json").read_text())
+    assert [sweep["chosen"] for sweep in report["sweeps"]] == [{"optim.lr": "1e-3"}] * 2
+    finals = [run for run in report["runs"] if run["trial"] is None]
+    assert [run["overrides"]["optim.lr"] for run in finals] == ["1e-3", "1e-3"]
+    out = capsys.readouterr().out
+    assert "s, default: of 2 tries the holdout of train chose optim.lr 1e-3." in out
+    assert "with one seed, which has no interval" in out
+
+
 def test_a_metric_that_no_probe_gives_ends_the_study(root: Path, unkilled: Path) -> None:
     with pytest.raises(InputError, match=r"'sgd.top9', which no probe gives"):
         start(root, unkilled.parent, "--study.primary", "sgd.top9")

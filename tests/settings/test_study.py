@@ -32,7 +32,7 @@ sweep:
 def read(tmp_path: Path, text: str, *argv: str) -> Blocks:
     (tmp_path / "mine.yaml").write_text(text)
     settings = load(STUDY, ["--cfg", str(tmp_path / "mine.yaml"), *argv], "fastproj study", "")
-    return read_blocks(settings._blocks)
+    return read_blocks(settings)
 
 
 def test_blocks_keep_the_files_order_and_values_their_text(tmp_path: Path) -> None:
