@@ -221,6 +221,7 @@ def test_a_shipped_study_is_a_plan_and_its_head_names_it(path: Path) -> None:
         line.replace("# Command: ", "#   ") for line in head
     ]
     assert "no-op" in [arm.name for arm in plan.arms]
+    assert all(len(line) <= 100 for line in path.read_text().splitlines())
 
 
 # Points over the default projector [the paper; its reviews], typed from there.
