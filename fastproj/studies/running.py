@@ -178,6 +178,10 @@ class Runner:
                         self._end(one, running, bar)
                     if self.signal:
                         _terminate(running)
+        except KeyboardInterrupt:
+            for one in running:
+                one.process.kill()
+            raise
         finally:
             _terminate(running)
             for one in running:
@@ -187,7 +191,14 @@ class Runner:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:  # twice: the user means now
+            raise KeyboardInterrupt
         self.signal = number
+        tqdm.write(
+            f"{signal.Signals(number).name}: the runs save where they stand, and the same command "
+            "goes on; Ctrl-C again ends them now",
+            file=sys.stderr,
+        )
 
     def _begin(
         self, job: Job, running: list[_Running], bar: tqdm, before: State | None = None
@@ -242,7 +253,7 @@ class Runner:
             return
         if code:
             path = Path(one.output.name)
-            self._fail(one.job, f"{_last_line(path) or f'exit code {code}'} ({path})", bar)
+            self._fail(one.job, f"{_reason(path, code)} ({path})", bar)
         else:
             self._begin(one.job, running, bar, one.found)
 
@@ -265,10 +276,17 @@ def _terminate(running: Sequence[_Running]) -> None:
             one.process.terminate()
 
 
-def _last_line(path: Path) -> str:
-    """What a command said last, without ``error: ``."""
-    lines = path.read_text(errors="replace").strip().splitlines() or [""]
-    return lines[-1].removeprefix("error: ")
+def _reason(path: Path, code: int) -> str:
+    """Why a command failed: its last line where that is an error, else its exit code as well."""
+    last = (path.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    if last.startswith("error: "):
+        return last.removeprefix("error: ")
+    return f"{_ending(code)}, and its last line is {last!r}" if last else _ending(code)
+
+
+def _ending(code: int) -> str:
+    """An exit code in words; a negative one is a signal's number, as ``Popen`` says it."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

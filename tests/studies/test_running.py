@@ -72,7 +72,8 @@ class Process:
             name = next(n for n in self.jobs if n.split("/")[1] in " ".join(self.words))
             self.returncode = self.codes.get(f"{self.words[0]} {name}", 0)
             if self.returncode:
-                self.output.write(b"so it goes\nerror: the disk is full\n")
+                error = b"" if self.returncode < 0 else b"error: the disk is full\n"
+                self.output.write(b"so it goes\n" + error)
                 self.output.flush()
             elif self.words[0] == "evaluate":
                 fake_run(self.jobs[name])
@@ -82,6 +83,8 @@ class Process:
 
     def terminate(self) -> None:
         self.returncode = 143
+
+    kill = terminate
 
     def wait(self) -> int:
         return self.returncode or 0
@@ -131,7 +134,7 @@ def test_what_is_whole_is_left_alone_and_what_was_cut_goes_on(
 def test_a_failed_run_is_a_line_and_stops_nothing(
     jobs: list[Job], process: type[Process], tmp_path: Path
 ) -> None:
-    process.codes |= {f"train {jobs[0].name}": 1, f"evaluate {jobs[1].name}": 2}
+    process.codes |= {f"train {jobs[0].name}": 1, f"evaluate {jobs[1].name}": -9}
     jobs[2].run.path.mkdir(parents=True)
     fake_run(jobs[2], step=8)
     (jobs[2].run.path / "eval.json").write_text("{")
@@ -139,6 +142,8 @@ def test_a_failed_run_is_a_line_and_stops_nothing(
     runner.run(jobs)
     log = tmp_path / "s" / "logs" / "d-a-seed0.log"
     assert runner.problems[jobs[0].name] == f"d/a-seed0: the disk is full ({log})"
+    killed = "d/b-seed0: killed by SIGKILL, and its last line is 'so it goes' ("
+    assert runner.problems[jobs[1].name].startswith(killed)
     assert "eval.json is damaged" in runner.problems[jobs[2].name]
     assert runner.problems.keys() == {job.name for job in jobs[:3]}
     assert state(jobs[3].run) == "whole"
@@ -181,7 +186,10 @@ def test_runs_at_once_share_the_cores_or_take_a_gpu_each_and_the_log_says_so(
 
 
 def test_a_signal_ends_the_runs_and_starts_no_other(
-    jobs: list[Job], process: type[Process], tmp_path: Path
+    jobs: list[Job],
+    process: type[Process],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def check(job: Job) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -191,6 +199,24 @@ def test_a_signal_ends_the_runs_and_starts_no_other(
     runner.run(jobs)
     assert runner.signal == signal.SIGTERM and len(process.started) == 1
     assert runner.problems == {}
+    assert "SIGTERM: the runs save where they stand" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_the_runs_now(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poll(self: Process) -> int | None:
+        self.looked += 1
+        if self.looked <= 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.returncode
+
+    killed: list[Process] = []
+    monkeypatch.setattr(Process, "poll", poll)
+    monkeypatch.setattr(Process, "kill", lambda self: killed.append(self))
+    with pytest.raises(KeyboardInterrupt):
+        Runner(tmp_path / "s", 1).run(jobs)
+    assert len(killed) == len(process.started) == 1
 
 
 def test_half_a_line_of_a_killed_study_spoils_no_other(tmp_path: Path) -> None:
