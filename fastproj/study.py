@@ -72,6 +72,7 @@ def build_plan(settings: StudySettings) -> Plan:
         sweep_seeds=study.sweep_seeds,
         # A run's own baselines would be scored once per run; the study may still ask for them.
         settings={"eval.baselines": "false", **blocks.settings},
+        plugins=settings.plugins,
     )
     noisy = []
     for arm in plan.arms:

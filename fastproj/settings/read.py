@@ -262,6 +262,11 @@ def _help(schema: Schema, command: str, prog: str, description: str) -> str:
         "In a file, base: OTHER reads another file first, from its own folder; its own lines win.",
         "Plugins are Python files or modules that add entries; in a file: plugins: [FILE, MODULE].",
     ]
+    if schema.blocks:
+        lines += [
+            f"A file also has the blocks {', '.join(schema.blocks)}: rcfg/study/ has examples. "
+            "--arms.NAME.settings.section.name VALUE changes one value in them."
+        ]
     params = {name: p for name, p in schema.params.items() if schema.reads(command, name)}
     width = max(map(len, params), default=0)
     before = ""

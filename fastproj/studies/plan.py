@@ -87,6 +87,7 @@ class Job:
     recipe: str
     overrides: Mapping[str, str] = field(compare=False)
     trial: int | None = None  # of a sweep
+    plugins: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -96,6 +97,7 @@ class Job:
     def argv(self) -> list[str]:
         """The words of ``fastproj train`` that start it."""
         options = [f"--{name}={text}" for name, text in self.overrides.items()]
+        options += [f"--plugins={','.join(self.plugins)}"] if self.plugins else []
         return [f"--cfg={self.recipe}", *options]
 
 
@@ -103,7 +105,8 @@ class Job:
 class Plan:
     """A study: its folder, its arms in order, and what each set changes.
 
-    ``settings`` are every run's; those of the set come after them, then the arm's.
+    ``settings`` are every run's; those of the set come after them, then the arm's. ``plugins``:
+    every run imports them.
     """
 
     folder: Path
@@ -114,6 +117,7 @@ class Plan:
     seeds: tuple[int, ...]
     sweep_seeds: tuple[int, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -156,7 +160,7 @@ class Plan:
         for layer in (self.settings, self.sets[dataset], arm.settings, chosen or {}, arm.forced):
             overrides |= layer
         recipe = arm.recipe.replace("{set}", dataset)
-        return Job(arm.name, dataset, pair, run, recipe, overrides, trial)
+        return Job(arm.name, dataset, pair, run, recipe, overrides, trial, self.plugins)
 
     def sweeps(self) -> list[Job]:
         """The runs of the sweeps: nothing where no arm has one."""

@@ -4,7 +4,6 @@ What is whole is left alone and what was cut is resumed, so that a study may be 
 again at any moment. The study's journal says what ran beside what.
 """
 
-import ctypes
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
+from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 from fastproj.core.files import writing
 from fastproj.core.machine import cores
@@ -241,7 +241,7 @@ class Runner:
         process = Popen(
             [sys.executable, "-m", "fastproj", *argv], stdin=DEVNULL, stdout=output,
             stderr=output, env=environment, pass_fds=() if self._lock is None else (self._lock,),
-            preexec_fn=_die_with(os.getpid()), start_new_session=True,
+            preexec_fn=die_with(os.getpid()), start_new_session=True,
         )  # fmt: skip
         running.append(_Running(job, found, argv[0], process, output, slot))
 
@@ -287,17 +287,3 @@ def _reason(path: Path, code: int) -> str:
 def _ending(code: int) -> str:
     """An exit code in words; a negative one is a signal's number, as ``Popen`` says it."""
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """For a child: be killed when ``parent`` dies, so that no run goes on unseen (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def die_with() -> None:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died in between
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return die_with

@@ -18,7 +18,7 @@ from fastproj.__main__ import dispatch
 from fastproj.core.errors import InputError, SettingError
 from fastproj.prepare.encode import Store
 from fastproj.runs.folder import RunFolder
-from fastproj.settings import STUDY, load
+from fastproj.settings import RUN, STUDY, load
 from fastproj.studies import running
 from fastproj.studies.running import Log
 from fastproj.study import build_plan, main
@@ -179,6 +179,21 @@ def test_the_noise_alone_and_the_no_op_are_added(root: Path) -> None:
     assert [(arm.name, arm.control) for arm in plan.arms[3:]] == [
         ("no-op", "no-op"), ("x noise only", "x"),
     ]  # fmt: skip
+
+
+def test_plugins_of_the_study_are_every_runs(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fastproj.objective import OBJECTIVES\n"
+        "def product(z1, z2, factor=1.0):\n    return -factor * (z1 * z2).mean()\n"
+        "OBJECTIVES['product'] = product\n"
+    )
+    more = ["--plugins", f"{tmp_path}/mine.py", "--arms.x.settings.objective.name", "product",
+            "--arms.x.settings.objective.factor", "2"]  # fmt: skip
+    plan = build_plan(load(STUDY, ["--cfg", f"{root}/study.yaml", *more], "study", ""))
+    jobs = plan.jobs({(arm.name, "s"): {} for arm in plan.arms})
+    (plugins,) = {word for job in jobs for word in job.argv() if word.startswith("--plugins=")}
+    assert plugins.startswith(f"--plugins={tmp_path}/mine.py#sha256=")
+    assert load(RUN, jobs[2].argv(), "train", "").objective.options == {"factor": 2.0}
 
 
 @pytest.mark.parametrize(

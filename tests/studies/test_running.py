@@ -3,10 +3,7 @@
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -246,29 +243,3 @@ def test_two_studies_of_one_folder_wait_for_each_other(
         threading.Timer(0.1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
         with locked(path) as descriptor:
             assert os.fstat(descriptor)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_child_is_killed_with_its_parent(tmp_path: Path) -> None:
-    """The parent dies without a word, as by SIGKILL; the child would sleep for a minute."""
-    program = (
-        "import os, subprocess, sys, time\n"
-        "from fastproj.studies.running import _die_with\n"
-        "argv = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)']\n"
-        "die = _die_with(os.getpid())\n"
-        "child = subprocess.Popen(argv, preexec_fn=die, stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"
-        "print(child.pid, flush=True)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == -9
-    status = Path(f"/proc/{int(done.stdout)}/stat")
-    for _ in range(500):
-        if not status.exists() or status.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.02)
-    raise AssertionError("the child lives")
