@@ -145,12 +145,16 @@ def study(settings: StudySettings) -> dict[str, Any]:
         if not runner.signal:
             runner.run(plan.jobs(choices))
             problems |= results.same_protocol(scores)
-        problems = {**runner.problems, **problems}
+        # In the plan's order: with several runs at once, that in which they end is chance.
+        order = [*plan.sweeps(), *plan.jobs(choices)]
+        found = {**runner.problems, **problems}
+        problems = {job.name: found[job.name] for job in order if job.name in found}
+        ordered = {job: scores[job] for job in order if job in scores}
         if not any(job.trial is None for job in scores):
             reasons = "; ".join([*problems.values()][:1]) or "it was stopped before the first ended"
             _leave(runner.signal)
             raise InputError(f"{plan.folder}: no run has a result: {reasons}")
-        report = results.report(plan, scores, sweeps, runner.log.together(), problems)
+        report = results.report(plan, ordered, sweeps, runner.log.together(), problems)
         print(table.text(report), flush=True)
         _write(plan.folder, report)
     _leave(runner.signal)

@@ -113,7 +113,7 @@ def same_protocol(scores: dict[Job, Score]) -> dict[str, str]:
     Returns one line per run taken out, by the job's name.
     """
     lines = {}
-    for dataset in {job.dataset for job in scores}:
+    for dataset in dict.fromkeys(job.dataset for job in scores):
         texts = {
             job: json.dumps(score.protocol, sort_keys=True)
             for job, score in scores.items()
