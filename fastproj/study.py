@@ -22,7 +22,7 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text, writing
 from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
-from fastproj.evaluation.protocol import open_sets
+from fastproj.evaluation.sets import open_sets
 from fastproj.settings import RUN, STUDY, Settings, load
 from fastproj.settings.study import StudySettings, read_blocks
 from fastproj.studies import results, table
@@ -180,7 +180,9 @@ def _open_set(plan: Plan, dataset: str) -> Beton:
             f"set's data.train and data.val below sets.{dataset}"
         )
     ((train, val),) = found
-    return open_sets(train, val)[1]
+    found_val = open_sets(train, val).val
+    assert isinstance(found_val, Beton)  # runs train on betons
+    return found_val
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:

@@ -68,7 +68,8 @@ def crops_probe(
         seed: of the flips and of the heads' first weights; crops and order are the loader's.
 
     The encoder runs in eval mode, without gradients, and is left as it was. Features are not
-    standardized. ``protocol["not_finite"]`` lists learning rates whose heads diverged.
+    standardized. ``protocol["chosen"]["not_finite"]`` lists learning rates whose heads
+    diverged.
 
     Raises ``InputError`` as ``linear_probe`` does, for a loader with another number of crops per
     image, and for an optimizer of another name.
@@ -127,8 +128,12 @@ def crops_probe(
         "warmup_epochs": warmup_epochs if milestones is None else 0,
         "encoder": f"frozen, eval mode, {str(precision).removeprefix('torch.')} in training",
         "scored": "val once, after the last epoch, the first learning rate",
-        "not_finite": [rate for rate, good in zip(learning_rates, finite, strict=True) if not good],
         "seed": seed,
+        "chosen": {
+            "not_finite": [
+                rate for rate, good in zip(learning_rates, finite, strict=True) if not good
+            ]
+        },
     }
     if optimizer == "lars":
         protocol["trust_coefficient"] = TRUST

@@ -130,5 +130,7 @@ def _notes(row: Row) -> Iterator[str]:
         yield "all entries tie on the held-out images: the choice says nothing"
     if alone := chosen.get("classes_not_held_out"):
         yield f"{alone} classes have one training image each and did not take part in the choice"
-    if probe.get("suboptimality", 0) > probe.get("tolerance", math.inf):
-        yield f"solved only to {probe['suboptimality']:.0e} of the objective"
+    if chosen.get("suboptimality", 0) > probe.get("tolerance", math.inf):
+        yield f"solved only to {chosen['suboptimality']:.0e} of the objective"
+    if diverged := chosen.get("not_finite"):
+        yield f"diverged at learning rate {', '.join(map(str, diverged))}"

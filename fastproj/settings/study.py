@@ -46,7 +46,7 @@ class Study:
     )
     baseline: str = setting(Text(), "arm that the others are compared with", "default")
     primary: str = setting(
-        Text(), "metric that decides, PROBE.METRIC, declared before the runs", "sgd.top1"
+        Text(), "metric that decides, PROBE.METRIC, declared before the runs", "logistic.top1"
     )
     seeds: tuple[int, ...] = setting(Seeds(), "one run per arm, set and seed", (0, 1, 2, 3, 4))
     sweep_seeds: tuple[int, ...] = setting(

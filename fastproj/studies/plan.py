@@ -197,8 +197,9 @@ def with_controls(arms: Sequence[Arm], baseline: str, noisy: Sequence[str]) -> t
         arm = arms[names.index(name)]
         alone = {"superfluous.lambda_a": "0", "superfluous.lambda_b": "0"}
         added.append(
-            replace(arm, name=f"{name} noise only", control=name, published={}, acted=None,
-                    forced=alone)  # fmt: skip
+            replace(
+                arm, name=f"{name} noise only", control=name, published={}, acted=None, forced=alone
+            )  # fmt: skip
         )
     taken = {arm.name for arm in added} & set(names)
     if taken:

@@ -103,7 +103,11 @@ def _protocol(row: Row) -> dict[str, Any]:
         "train": data["train"]["content"],
         "val": data["val"]["content"],
         "crop": features["crop"],
-        "probe": {name: value for name, value in probe.items() if name not in ("chosen", "seed")},
+        "probe": {
+            name: value
+            for name, value in probe.items()
+            if name not in ("chosen", "seed", "order_seed")
+        },
     }
 
 

@@ -34,7 +34,7 @@ model: {encoder: resnet_small}
 projector: {hidden: 32, out: 16}
 optim: {batch_size: 16, epochs: 2, warmup_epochs: 0, optimizer: adamw, lr: 1e-3}
 train: {precision: float32, log_every: 1}
-eval: {epochs: 3, learning_rates: 0.1, weight_decays: 1e-3, knn_k: 3}
+eval: {logistic_strengths: [1e-3, 1e-1], knn_k: 3}
 """
 FILE = """
 study: {{recipe: {root}/recipe.yaml, seeds: [0, 1], controls: false, name: tiny}}
@@ -117,7 +117,7 @@ def test_every_arm_and_seed_is_an_ordinary_run_and_a_row(unkilled: Path) -> None
     for run in report["runs"]:
         folder = RunFolder.open(unkilled / run["job"])
         evaluation = json.loads(folder.evaluation.read_text())
-        assert evaluation["rows"][0]["metrics"]["top1"] == run["metrics"]["sgd.top1"]
+        assert evaluation["rows"][0]["metrics"]["top1"] == run["metrics"]["logistic.top1"]
         assert {row["encoder"] for row in evaluation["rows"]} == {"pre-trained"}
     default, discretized = report["sets"][0]["rows"]
     assert discretized["acted"] is True and discretized["published"] == 0.5
@@ -168,8 +168,8 @@ def test_a_sweep_runs_first_and_its_choice_is_every_seeds(
 
 
 def test_a_metric_that_no_probe_gives_ends_the_study(root: Path, unkilled: Path) -> None:
-    with pytest.raises(InputError, match=r"'sgd.top9', which no probe gives"):
-        start(root, unkilled.parent, "--study.primary", "sgd.top9")
+    with pytest.raises(InputError, match=r"'logistic.top9', which no probe gives"):
+        start(root, unkilled.parent, "--study.primary", "logistic.top9")
 
 
 def test_the_noise_alone_and_the_no_op_are_added(root: Path) -> None:

@@ -78,13 +78,15 @@ def test_the_table_tells_what_limits_a_choice():
 def test_the_table_fits_100_columns_and_tells_ties_and_further_scores():
     tied = row(probe="few_shot", tie=True, learning_rate=0.03, weight_decay=0.001)
     tied.metrics["top1_10%"] = 0.75
-    tied.protocol["probe"] |= {"suboptimality": 2e-4, "tolerance": 1e-6}
+    tied.protocol["probe"]["tolerance"] = 1e-6
+    tied.protocol["probe"]["chosen"] |= {"suboptimality": 2e-4, "not_finite": [30.0]}
     text = table(replace(EVALUATION, rows=(tied,))).splitlines()
     assert max(map(len, text)) <= 100
     assert text[2:] == [
         "pre-trained, few_shot: also top1_10% 75.00%",
         "pre-trained, few_shot: all entries tie on the held-out images: the choice says nothing",
         "pre-trained, few_shot: solved only to 2e-04 of the objective",
+        "pre-trained, few_shot: diverged at learning rate 30.0",
     ]
 
 

@@ -18,7 +18,7 @@ ARMS = (
 
 def plan(**changes: Any) -> Plan:
     made = {
-        "folder": Path("runs/s"), "baseline": "default", "primary": "sgd.top1",
+        "folder": Path("runs/s"), "baseline": "default", "primary": "logistic.top1",
         "arms": with_controls(ARMS, "default", ["noisy"]),
         "sets": {"a": {"data.train": "t"}, "b": {}},
         "seeds": (7, 8), "sweep_seeds": (100,), "settings": {"optim.epochs": "1"},

@@ -20,7 +20,9 @@ from tests.support.studies import fake_run
 @pytest.fixture
 def jobs(tmp_path: Path) -> list[Job]:
     """Two arms, two seeds: a0, b0, a1, b1."""
-    plan = Plan(tmp_path / "s", "a", "sgd.top1", (Arm("a", "r"), Arm("b", "r")), {"d": {}}, (0, 1))
+    plan = Plan(
+        tmp_path / "s", "a", "logistic.top1", (Arm("a", "r"), Arm("b", "r")), {"d": {}}, (0, 1)
+    )
     return plan.jobs({("a", "d"): {}, ("b", "d"): {}})
 
 

@@ -31,7 +31,7 @@ def make_plan(tmp_path: Path, **changes: Any) -> Plan:
         Arm("lower", "r", {"optim.lr": "1"}, {"": 1.03}, Check("matrix_information", "lower")),
         Arm("idle", "r", {}, {}, Check("used_codes", "above", 0.5)),
     ]
-    made = {"folder": tmp_path / "study", "baseline": "default", "primary": "sgd.top1",
+    made = {"folder": tmp_path / "study", "baseline": "default", "primary": "logistic.top1",
             "arms": with_controls(arms, "default", []), "sets": {"s": {}},
             "seeds": (0, 1, 2), "sweep_seeds": (9,)}  # fmt: skip
     return Plan(**{**made, **changes})
@@ -156,9 +156,11 @@ def test_a_sweep_chooses_on_the_holdout_and_never_on_val(tmp_path: Path) -> None
 
 
 def test_a_metric_that_no_probe_gives_names_those_there_are(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, primary="sgd.top2")
+    plan = make_plan(tmp_path, primary="logistic.top2")
     jobs = write_runs(plan)
-    with pytest.raises(StudyError, match=r"'sgd.top2', which no probe gives .* sgd.top1, sgd.top5"):
+    with pytest.raises(
+        StudyError, match=r"'logistic.top2', which no probe gives .* logistic.top1, logistic.top5"
+    ):
         read_score(jobs[0], plan.primary, LABELS)
 
 
@@ -181,7 +183,11 @@ def test_runs_that_were_scored_otherwise_are_left_out_by_name(tmp_path: Path) ->
         ("eval.json", None, "cannot read .*eval.json"),
         ("metrics.jsonl", "x\n", "line 1 is no JSON object"),
         ("environment.json", "{", "cannot read .*environment.json"),
-        ("features/pre-trained-sgd-predictions.npy", "x", "predictions.npy: .*evaluate the run"),
+        (
+            "features/s-pre-trained-logistic-predictions.npy",
+            "x",
+            "predictions.npy: .*evaluate the run",
+        ),
     ],
 )
 def test_a_damaged_run_is_one_line(tmp_path: Path, name: str, text: str | None, words: str) -> None:
@@ -222,7 +228,7 @@ def test_the_tables_have_one_line_per_arm_and_the_numbers_of_the_report(
     report: dict[str, Any],
 ) -> None:
     lines = table.text(report).splitlines()
-    assert lines[0].split()[:3] == ["arm", "n", "sgd.top1"]
+    assert lines[0].split()[:3] == ["arm", "n", "logistic.top1"]
     assert re.search(r"^lower +3 +62.50 ± 4.33 +\+10.00 +\+3.79 to \+16.21 +0.04\d? +\+1.03 +yes$",
                      lines[2])  # fmt: skip
     assert f"s, lower: {rows(report)['lower']['conclusion']}." in lines
@@ -243,4 +249,4 @@ def test_latex_has_booktabs_rules_as_many_cells_and_no_bare_mark(report: dict[st
     for line in lines[2:-2]:
         assert line == r"\midrule" or len(re.findall(r"(?<!\\)&", line)) == len(table.HEAD) - 1
     assert r"50\% \& more\_of \#1 & 3 & 62.50 $\pm$ 4.33 & $+10.00$ & $+3.79$ to $+16.21$" in text
-    assert r"sgd.top1 (\%)" in lines[2]
+    assert r"logistic.top1 (\%)" in lines[2]

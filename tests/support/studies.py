@@ -44,9 +44,9 @@ def fake_run(
         return
     predicted = np.where(np.arange(len(LABELS)) < right, LABELS, (LABELS + 1) % 4)
     rows, kept = [], {}
-    for probe in ("sgd", "knn"):
-        chosen = {"chosen": {"holdout_top1": holdout}} if probe == "sgd" else {}
-        path = run.predictions("pre-trained", probe).relative_to(run.path).as_posix()
+    for probe in ("logistic", "knn"):
+        chosen = {"chosen": {"holdout_top1": holdout}} if probe == "logistic" else {}
+        path = run.predictions(job.dataset, "pre-trained", probe).relative_to(run.path).as_posix()
         kept[path] = torch.from_numpy(predicted)
         rows.append(
             Row(

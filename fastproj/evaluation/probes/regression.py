@@ -47,9 +47,9 @@ def logistic(
     SupCon's, because such a hold-out tells nothing.
 
     ``num_classes`` None: the highest label of ``train`` and 1. A class without a training image is
-    never predicted. ``device`` None: where ``train`` lies. ``protocol`` holds the strengths,
-    ``suboptimality`` (the largest certified (f - min f) / f of all solved problems),
-    ``iterations`` (passes over the rows per strength), and in ``chosen`` what ``choice`` says.
+    never predicted. ``device`` None: where ``train`` lies. ``protocol["chosen"]`` holds what
+    ``choice`` says, ``suboptimality`` (the largest certified (f - min f) / f of all problems solved)
+    and ``iterations`` (passes over the rows per strength).
 
     Raises ``InputError`` for labels outside 0..num_classes-1, fewer than two classes, different
     widths, features that are not finite, a strength that is not positive, and where no class has
@@ -75,13 +75,15 @@ def logistic(
         "objective": "mean cross-entropy + strength / 2 |W|^2, intercept not penalized",
         "optimizer": "preconditioned L-BFGS, float32, then float64 where needed",
         "tolerance": TOLERANCE,
-        "suboptimality": max(part.suboptimality.max().item() for part in solved),
-        "iterations": [n for part in solved for n in part.iterations.tolist()],
         "selection": SELECTION if len(path) > 1 else "none: one strength was given",
         "strengths": list(strengths),
         "holdout": holdout if len(path) > 1 else None,
         "seed": seed,
-        "chosen": chosen,
+        "chosen": chosen
+        | {
+            "suboptimality": max(part.suboptimality.max().item() for part in solved),
+            "iterations": [n for part in solved for n in part.iterations.tolist()],
+        },
     }
     seconds = time.perf_counter() - start
     return ProbeResult(top(scores, val.labels.to(device)), protocol, seconds, scores.argmax(-1))
