@@ -151,9 +151,9 @@ def study(settings: StudySettings) -> dict[str, Any]:
         problems = {job.name: found[job.name] for job in order if job.name in found}
         ordered = {job: scores[job] for job in order if job in scores}
         if not any(job.trial is None for job in scores):
-            reasons = "; ".join([*problems.values()][:1]) or "it was stopped before the first ended"
+            reason = next(iter(problems.values()), "it was stopped before the first ended")
             _leave(runner.signal)
-            raise InputError(f"{plan.folder}: no run has a result: {reasons}")
+            raise InputError(f"{plan.folder}: no run has a result: {reason}")
         report = results.report(plan, ordered, sweeps, runner.log.together(), problems)
         print(table.text(report), flush=True)
         _write(plan.folder, report)
