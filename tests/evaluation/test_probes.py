@@ -19,9 +19,11 @@ from fastproj.evaluation.probes import neighbors
 from fastproj.evaluation.probes.common import edges, ranks, stratified_split
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.sgd import fit, linear_probe
+from fastproj.evaluation.protocol import takes_images
 from fastproj.settings import RUN
 
 CPU = torch.device("cpu")
+OF_FEATURES = [name for name in PROBES if not takes_images(name)]
 GRID = {
     "learning_rates": (0.01, 0.03, 0.1),
     "weight_decays": (1e-3, 1e-2),
@@ -251,7 +253,7 @@ def test_probes_agree_between_cpu_and_gpu(digits):
     assert knn(*there, 10).metrics == knn(train, val, 10).metrics
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", OF_FEATURES)
 def test_predictions_give_the_accuracy_and_classes_are_counted(digits, name):
     train, val = digits
     options = {"sgd": {"epochs": 10}, "few_shot": {"draws": 1}}.get(name, {})
@@ -279,7 +281,7 @@ def test_a_class_of_one_image_is_counted_as_not_held_out():
     assert (chosen["classes_not_held_out"], chosen["holdout_images"]) == (1, 2)
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", OF_FEATURES)
 def test_features_that_are_not_finite_are_one_line(name):
     good = as_features(torch.eye(4), [0, 0, 1, 1])
     for bad in (torch.nan, torch.inf):
@@ -293,8 +295,11 @@ def test_features_that_are_not_finite_are_one_line(name):
 def test_the_seed_and_the_device_are_the_callers():
     for name, function in PROBES.items():
         parameters = list(inspect.signature(function).parameters.values())
-        assert [p.name for p in parameters[:3]] == ["train", "val", "num_classes"], name
-        for parameter in parameters[3:]:
+        parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        first = ["train", "val", "num_classes"]
+        first = first if name in OF_FEATURES else ["encoder", *first]
+        assert [p.name for p in parameters[: len(first)]] == first, name
+        for parameter in parameters[len(first) :]:
             assert parameter.kind is parameter.KEYWORD_ONLY
-            given = parameter.name in ("seed", "device")
+            given = parameter.name in ("mean", "std", "precision", "seed", "device")
             assert given != (f"eval.{name}_{parameter.name}" in RUN.params)

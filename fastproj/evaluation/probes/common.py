@@ -25,8 +25,8 @@ class ProbeResult:
     """What a probe found.
 
     ``metrics``: name -> score on val, such as ``top1`` and ``top5``. ``protocol``: every argument
-    and, under ``chosen``, what came out of them on train, as JSON holds it. ``seconds``: duration of
-    the probe. ``predictions``: the predicted class of each val image, int64 (N,).
+    and, under ``chosen``, what came out of them on train, as JSON holds it. ``seconds``: how long
+    the probe took. ``predictions``: the predicted class of each val image, int64 (N,).
     """
 
     metrics: dict[str, float]

@@ -48,7 +48,7 @@ def logistic(
 
     ``num_classes`` None: the highest label of ``train`` and 1. A class without a training image is
     never predicted. ``device`` None: where ``train`` lies. ``protocol["chosen"]`` holds what
-    ``choice`` says, ``suboptimality`` (the largest certified (f - min f) / f of all problems solved)
+    ``choice`` says, ``suboptimality`` (the largest certified (f - min f) / f of all problems)
     and ``iterations`` (passes over the rows per strength).
 
     Raises ``InputError`` for labels outside 0..num_classes-1, fewer than two classes, different
