@@ -64,6 +64,7 @@ PACKAGES = {
     "pyyaml": "yaml",
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
     "terminaltables": "terminaltables",
     "torchvision": "torchvision",
     "tqdm": "tqdm",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,4 +77,6 @@ def test_where_nothing_is_to_be_done_it_takes_no_time():
 def test_an_extra_that_is_not_there():
     done = subprocess.run([ROOT / "setup.sh", "nosuch"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: no extra named nosuch; there are: dali, dev, ffcv, report\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ", ".join(project["optional-dependencies"])
+    assert done.stderr == f"error: no extra named nosuch; there are: {extras}\n"
