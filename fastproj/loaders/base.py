@@ -1,5 +1,6 @@
 """What every engine provides: batches of uint8 crops, and a cursor that a checkpoint saves."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -47,7 +48,9 @@ class Loader(ABC):
         self.beton, self.crops, self.order, self.device = beton, tuple(crops), order, device
         self.workers = workers
         self.cursor = (0, 0)
-        self._running: Generator[Batch, None, None] | None = None
+        # Weak: with a cycle, threads and processes would wait for Python's garbage collector, which
+        # may run in one of them and then lock itself out.
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
         self.reason = ""  # why open_loader chose this engine, in one line
         self._open()
 
@@ -63,8 +66,9 @@ class Loader(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._running = self._rest_of_epoch()
-        return self._running
+        running = self._rest_of_epoch()
+        self._running = weakref.ref(running)
+        return running
 
     def _rest_of_epoch(self) -> Generator[Batch, None, None]:
         epoch, first = self.cursor
@@ -86,9 +90,10 @@ class Loader(ABC):
         The end of a ``for`` loop does the same once nothing refers to its iterator any more, but an
         exception's traceback may keep such a reference for long.
         """
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        running = self._running() if self._running else None
+        if running is not None:
+            running.close()
+        self._running = None
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -289,11 +290,20 @@ def test_batches_take_the_memory_of_those_before(
     assert max(told["held"]) - told["held"][0] < 1.5 * each
 
 
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def threads() -> int:
     return sum(t.name.startswith("fastproj-stream") for t in threading.enumerate())
 
 
-def test_leaving_early_leaves_no_thread_and_no_process(small: Beton) -> None:
+def test_leaving_early_leaves_no_thread_and_no_process(
+    small: Beton, no_garbage_collection: None
+) -> None:
     for engine in engines(small):
         for _ in range(3):
             for _ in open_loader(small, GROUPS, 8, engine=engine, workers=2):
@@ -301,7 +311,6 @@ def test_leaving_early_leaves_no_thread_and_no_process(small: Beton) -> None:
         with open_loader(small, GROUPS, 8, engine=engine, workers=2) as loader:
             iterator = iter(loader)  # a reference that outlives the loop
             next(iterator)
-        gc.collect()
         assert threads() == 0
         assert not multiprocessing.active_children()
 
