@@ -1,5 +1,6 @@
 """The package as others get it: the console script, the wheel, the source distribution."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -172,3 +173,24 @@ def test_the_wheel_runs_outside_the_checkout(built: tuple[Path, Path], tmp_path:
         assert done.returncode == 0, done.stderr
     events = (tmp_path / "runs" / "few" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in events].count("checkpoint") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registry", [True, False])
+def test_where_pkg_config_finds_no_libjpeg_the_registry_brings_one(
+    built: tuple[Path, Path], tmp_path: Path, registry: bool
+) -> None:
+    """Without a registry either, the library is built for raw stores alone."""
+    nothing = tmp_path / "bin" / "pkg-config"
+    nothing.parent.mkdir()
+    nothing.write_text("#!/bin/sh\nexit 1\n")
+    nothing.chmod(0o755)
+    environment = os.environ | {"PATH": f"{nothing.parent}{os.pathsep}{os.environ['PATH']}"}
+    if not registry:
+        environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    words = ["wheel", "--no-deps", *([] if registry else ["--no-build-isolation"])]
+    done = run(sys.executable, "-m", "pip", *words, built[0], cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        library = ctypes.CDLL(wheel.extract("fastproj/_native.abi3.so", tmp_path))
+    assert library.fastproj_has_jpeg() == registry
