@@ -29,6 +29,7 @@ TITLES = {
     "heads": "Heads: a training step of the sparse projector",
     "step": "Step: training, beside the same step on ready data",
     "probe": "Probe: linear probes",
+    "neighbors": "Neighbors: the kNN probe",
     "published": "Published probes: an epoch of linear heads on new crops of a frozen encoder",
     "start": "Start: building a loader to its first batch, in a new process (seconds: 1 / rate)",
     "growth": "Growth: rate and memory against workers, pixels, batch, latents and epochs",

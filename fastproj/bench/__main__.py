@@ -24,6 +24,7 @@ from fastproj.bench import (
     growth,
     heads,
     loaders,
+    neighbors,
     probe,
     published,
     start,
@@ -47,6 +48,7 @@ STAGES: dict[str, Callable[[Plan], list[Row]]] = {
     "heads": heads.run,
     "step": step.run,
     "probe": probe.run,
+    "neighbors": neighbors.run,
     "published": published.run,
     "start": start.run,
     "growth": growth.run,
@@ -54,8 +56,9 @@ STAGES: dict[str, Callable[[Plan], list[Row]]] = {
 }
 ALONE = ("endtoend",)  # takes longer than all others together, so ``all`` leaves it out
 SETS = ("photos", "squares", "small")
-PEERS = {"dali": "nvidia-dali-cuda120", "spdl": "spdl", "kornia": "kornia", "lightly": "lightly",
-         "simplejpeg": "simplejpeg", "scikit-learn": "scikit-learn"}  # fmt: skip
+PEERS = {"dali": "nvidia-dali-cuda120", "faiss": "faiss-cpu", "spdl": "spdl", "kornia": "kornia",
+         "lightly": "lightly", "simplejpeg": "simplejpeg",
+         "scikit-learn": "scikit-learn"}  # fmt: skip
 
 
 def bench(stage: str, settings: BenchSettings) -> Iterator[dict[str, Any]]:

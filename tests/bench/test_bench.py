@@ -26,6 +26,7 @@ from fastproj.bench import (
     growth,
     heads,
     loaders,
+    neighbors,
     peers,
     probe,
     published,
@@ -254,6 +255,12 @@ def test_probes_one_by_one_are_those_of_the_grid() -> None:
     together = fit(x, y, every, 3, grid, 2, 64, 0)
     for head, each in zip(together, grid, strict=True):
         assert torch.allclose(head, fit(x, y, every, 3, [each], 2, 64, 0)[0], atol=1e-5)
+
+
+def test_neighbors_beside_brute_force_of_others() -> None:
+    rows = neighbors.run(plan(), images=300, queries=40, features=8, classes=3)
+    assert [row.role for row in rows] == ["ours", "peer", "peer", "limit"]
+    assert {"knn", "scikit-learn"} <= measured(rows).keys()
 
 
 def test_a_probe_on_new_crops_beside_plain_torch(small: Beton) -> None:

@@ -85,12 +85,12 @@ def test_all_strengths_reach_scikit_learns_optimum(kind):
 
 def test_the_certificate_bounds_the_distance_to_the_optimum_from_anywhere():
     x, y = problem("overlapping")
-    strength = torch.tensor(0.01, dtype=torch.float64)
     best = oracle(x, y, 0.01)[1]
     generator = torch.Generator().manual_seed(1)
-    for scale in (0.0, 0.1, 1.0):
-        head = torch.randn(4, 13, generator=generator, dtype=torch.float64) * scale
-        moved, value, bound = certify(x, y, head, strength)
+    scales = torch.tensor([0.0, 0.1, 1.0], dtype=torch.float64)
+    heads = torch.randn(3, 4, 13, generator=generator, dtype=torch.float64) * scales.view(3, 1, 1)
+    found = certify(x, y, heads, torch.full((3,), 0.01))
+    for head, moved, value, bound in zip(heads, *found, strict=True):
         assert torch.equal(moved[:, :-1], head[:, :-1])
         assert value <= objective(x, y, head.numpy(), 0.01) + 1e-12  # the intercept is its best
         shift = moved.numpy().copy()

@@ -20,6 +20,7 @@ float64.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
 REFRESH = 20  # steps before the preconditioner is made anew, and then 40, 80, ...
 ROWS = 2**13  # rows that it is made from, or 8 per feature
 LOGITS = 2**21  # entries computed at once (8 MiB of float32)
+EXACT = 1e-12  # sum over the classes of |mean probability - share of the labels|
 
 
 @dataclass(frozen=True)
@@ -78,48 +80,39 @@ def solve(
             inverse = _at(x, heads[left])
         found, passes = _lbfgs(x, y, heads[left], strengths[left], inverse, aim * tolerance, kind)
         iterations[left] += passes
-        for at, head in zip(left.tolist(), found, strict=True):
-            heads[at], objective[at], bound[at] = certify(x, y, head, strengths[at])
+        heads[left], objective[left], bound[left] = certify(x, y, found, strengths[left])
     whole = heads.new_zeros(len(strengths), classes, heads.shape[2])
     whole[:, :, -1] = -torch.inf
     whole[:, present] = heads
     return Solution(whole, objective, bound, iterations)
 
 
-def certify(x: Tensor, y: Tensor, head: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The head (C, d+1) with the best intercept for its weights, its f, and the bound of it.
+def certify(
+    x: Tensor, y: Tensor, heads: Tensor, strengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``heads`` (S, C, d+1) with the best intercepts for their weights, f (S,), its bound (S,).
 
     All in float64. Every class has a row in ``y``. The bound is |∂f/∂W|² / (2 l) / f, plus what the
     intercept's residual could change if its optimum were 100 away.
     """
-    n, classes = len(x), len(head)
-    head, weight = head.double().clone(), head[:, :-1].double()
-    size = max(1, LOGITS // max(classes, x.shape[1]))
-    logits = torch.cat([part.double() @ weight.T for part in x.split(size)])
-    prior = torch.bincount(y, minlength=classes).double() / n
-    residual = torch.full_like(prior, torch.inf, dtype=torch.float64)
+    heads, strengths = heads.double().clone(), strengths.to(x.device, torch.float64)
+    prior = torch.bincount(y, minlength=heads.shape[1]).double() / len(x)
+    before = torch.full_like(strengths, torch.inf)
     for _ in range(20):
-        mass, covariance = torch.zeros_like(head[:, 0]), head.new_zeros(classes, classes)
-        for part in logits.split(size):
-            p = (part + head[:, -1]).softmax(1)
-            mass += p.sum(0)
-            covariance -= p.T @ p
-        before, residual = residual, mass / n - prior
-        if not residual.abs().sum() < before.abs().sum() / 2:
-            break  # as exact as float64 makes it
-        covariance = (covariance + mass.diag()) / n
-        step = torch.linalg.pinv(covariance, hermitian=True) @ residual
-        head[:, -1] -= step / max(1.0, float(step.abs().max()))
-    loss, gradient = head.new_zeros(()), strength * n * weight
-    for rows, labels, part in zip(x.split(size), y.split(size), logits.split(size), strict=True):
-        log_p = (part + head[:, -1]).log_softmax(1)
-        loss -= log_p.gather(1, labels.unsqueeze(1)).sum()
-        error = log_p.exp_()
-        error[torch.arange(len(labels), device=x.device), labels] -= 1
-        gradient += error.T @ rows.double()
-    objective = loss / n + strength / 2 * weight.square().sum()
-    gap = (gradient / n).square().sum() / (2 * strength) + 100 * residual.abs().sum()
-    return head, objective, gap / objective
+        mean, covariance = _probabilities(x, heads)
+        residual = mean - prior
+        distance = residual.abs().sum(1)
+        moving = (distance > EXACT) & (distance < before / 2)
+        if not moving.any():
+            break
+        before = distance
+        step = (torch.linalg.pinv(covariance, hermitian=True) @ residual.unsqueeze(2)).squeeze(2)
+        step /= step.abs().amax(1, keepdim=True).clamp(min=1)
+        heads[..., -1] -= step * moving.unsqueeze(1)
+    value, gradient, _ = _evaluate(x, y, heads, strengths)
+    slopes, residual = gradient[..., :-1], gradient[..., -1]
+    gap = slopes.square().sum((1, 2)) / (2 * strengths) + 100 * residual.abs().sum(1)
+    return heads, value, gap / value
 
 
 def _lbfgs(
@@ -140,7 +133,10 @@ def _lbfgs(
     found, passes = heads.to(kind), torch.zeros_like(strengths, dtype=torch.int64)
     active = torch.arange(len(strengths), device=x.device)
     at, l2 = found.clone(), strengths
-    value, gradient, _ = _evaluate(x, y, at, l2)
+    # At W = 0 the strength changes nothing: one evaluation serves all.
+    first = len(at) if at[..., :-1].any() else 1
+    value, gradient, _ = _evaluate(x, y, at[:first], l2[:first])
+    value, gradient = value.expand_as(l2), gradient.expand_as(at)
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
     length, shortened = torch.ones_like(l2), torch.zeros_like(l2)
     refresh = REFRESH
@@ -237,7 +233,8 @@ class _Kronecker:
 
 
 def _at_zero(x: Tensor, prior: Tensor) -> _Kronecker:
-    """From the Hessian at W = 0: the same for all strengths."""
+    """From the Hessian at W = 0, of at most ``ROWS`` rows: the same for all strengths."""
+    x = _some(x)
     second = (x.T @ x).double() / len(x)
     return _Kronecker((prior.diag() - prior.outer(prior))[None], second[None])
 
@@ -248,7 +245,7 @@ def _at(x: Tensor, heads: Tensor) -> _Kronecker:
     The Hessian is the mean of (diag(p) - ppᵀ) ⊗ xxᵀ. A is the mean of the left factor; in B a row
     counts by its left factor's trace, scaled to the mean 1.
     """
-    x = x[:: -(-len(x) // max(ROWS, 8 * x.shape[1]))]
+    x = _some(x)
     a, b = [], []
     for head in heads.to(x.dtype):
         p = torch.addmm(head[:, -1], x, head[:, :-1].T).softmax(1)
@@ -256,6 +253,36 @@ def _at(x: Tensor, heads: Tensor) -> _Kronecker:
         a.append((p.mean(0).diag() - p.T @ p / len(p)).double())
         b.append((x.T @ (x * (trace / trace.sum().clamp(min=1e-30)).unsqueeze(1))).double())
     return _Kronecker(torch.stack(a), torch.stack(b))
+
+
+def _some(x: Tensor) -> Tensor:
+    """Rows enough for a preconditioner, evenly spread."""
+    return x[:: -(-len(x) // max(ROWS, 8 * x.shape[1]))]
+
+
+def _probabilities(x: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean probabilities (S, C) and the mean of diag(p) - ppᵀ (S, C, C), in the heads' type."""
+    mass, products = torch.zeros_like(heads[..., -1]), 0.0
+    for _, _, logits in _logits(x, heads):
+        p = logits.softmax(1)
+        mass += p.sum(2)
+        products += p @ p.mT
+    return mass / len(x), (mass.diag_embed() - products) / len(x)
+
+
+def _logits(x: Tensor, heads: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows after the other: which they are, the rows in the heads' type, logits (S, C, rows).
+
+    Rows come last, where they are contiguous: a softmax over the last of few classes is slow.
+    """
+    count, classes, _ = heads.shape
+    weight = heads[..., :-1].flatten(0, 1).contiguous()
+    intercept = heads[..., -1:].flatten(0, 1)
+    size = max(256, LOGITS // (count * classes))
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        rows = x[part].to(heads.dtype)
+        yield part, rows, torch.addmm(intercept, weight, rows.T).view(count, classes, -1)
 
 
 def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,18 +293,12 @@ def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, 
     """
     count, classes, _ = heads.shape
     n, kind = len(x), heads.dtype
-    weight = heads[..., :-1].flatten(0, 1).contiguous()
-    intercept = heads[..., -1:].flatten(0, 1)
     loss = torch.zeros(count, dtype=torch.float64, device=x.device)
     gradient = torch.zeros(count * classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
     minus = torch.full((1, 1, 1), -1.0, dtype=kind, device=x.device)
-    size = max(256, LOGITS // (count * classes))
-    for rows, labels in zip(x.split(size), y.split(size), strict=True):
-        rows = rows.to(kind)
-        # Rows come last, where they are contiguous: a softmax over the last of few classes is slow.
-        logits = torch.addmm(intercept, weight, rows.T).view(count, classes, -1)
+    for part, rows, logits in _logits(x, heads):
         log_p = logits.log_softmax(1)
-        target = labels.expand(count, 1, -1)
+        target = y[part].expand(count, 1, -1)
         loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
         error = log_p.exp_().scatter_add_(1, target, minus.expand_as(target)).flatten(0, 1)
         gradient[:, :-1] += error @ rows
