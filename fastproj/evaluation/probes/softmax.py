@@ -33,8 +33,9 @@ MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
 REFRESH = 20  # steps before the preconditioner is made anew, and then 40, 80, ...
 ROWS = 2**13  # rows that it is made from, or 8 per feature
-LOGITS = 2**21  # entries computed at once (8 MiB of float32)
+LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
 EXACT = 1e-12  # sum over the classes of |mean probability - share of the labels|
+QUADRATIC = 1e-5  # the same: Newton's next step would no longer count
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def certify(
         step = (torch.linalg.pinv(covariance, hermitian=True) @ residual.unsqueeze(2)).squeeze(2)
         step /= step.abs().amax(1, keepdim=True).clamp(min=1)
         heads[..., -1] -= step * moving.unsqueeze(1)
+        if distance.max() < QUADRATIC:
+            break
     value, gradient, _ = _evaluate(x, y, heads, strengths)
     slopes, residual = gradient[..., :-1], gradient[..., -1]
     gap = slopes.square().sum((1, 2)) / (2 * strengths) + 100 * residual.abs().sum(1)
@@ -126,7 +129,7 @@ def _lbfgs(
 ) -> tuple[Tensor, Tensor]:
     """Heads (S, C, d+1) of ``kind`` and passes (S,).
 
-    A head is done where (|∂f/∂W|² + d |∂f/∂b|²) / (2 l) <= tolerance · f.
+    A head is done where |∂f/∂(W, b)|² / (2 l) <= tolerance · f.
     A step that ends uphill is shortened by the secant of the slope: of a convex f, a slope that is
     not positive at the end proves that f fell, which values in float32 could not.
     """
@@ -278,7 +281,7 @@ def _logits(x: Tensor, heads: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     count, classes, _ = heads.shape
     weight = heads[..., :-1].flatten(0, 1).contiguous()
     intercept = heads[..., -1:].flatten(0, 1)
-    size = max(256, LOGITS // (count * classes))
+    size = max(256, LOGITS // (count * classes * heads.itemsize))
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         rows = x[part].to(heads.dtype)
@@ -286,10 +289,9 @@ def _logits(x: Tensor, heads: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f (S,), its gradient (S, C, d+1) in the heads' type, and |∂f/∂W|² + d |∂f/∂b|² (S,).
+    """f (S,), its gradient (S, C, d+1) in the heads' type, and its square (S,).
 
-    Sums over the rows are float64. Moving b to its optimum changes ∂f/∂W by about a row's length
-    times ∂f/∂b, and standardized rows have the length √d: hence the factor d.
+    Sums over the rows are float64.
     """
     count, classes, _ = heads.shape
     n, kind = len(x), heads.dtype
@@ -307,5 +309,4 @@ def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, 
     slopes = gradient[..., :-1]
     slopes += l2.view(-1, 1, 1) * heads[..., :-1]
     value = loss / n + l2 / 2 * heads[..., :-1].double().square().sum((1, 2))
-    norm = slopes.square().sum((1, 2)) + x.shape[1] * gradient[..., -1].square().sum(1)
-    return value, gradient.to(kind), norm
+    return value, gradient.to(kind), gradient.square().sum((1, 2))
