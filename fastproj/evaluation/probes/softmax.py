@@ -34,8 +34,6 @@ PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
 REFRESH = 20  # steps before the preconditioner is made anew, and then 40, 80, ...
 ROWS = 2**13  # rows that it is made from, or 8 per feature
 LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
-EXACT = 1e-12  # sum over the classes of |mean probability - share of the labels|
-QUADRATIC = 1e-5  # the same: Newton's next step would no longer count
 
 
 @dataclass(frozen=True)
@@ -101,21 +99,16 @@ def certify(
     before = torch.full_like(strengths, torch.inf)
     for _ in range(20):
         mean, covariance = _probabilities(x, heads)
-        residual = mean - prior
-        distance = residual.abs().sum(1)
-        moving = (distance > EXACT) & (distance < before / 2)
-        if not moving.any():
-            break
-        before = distance
-        step = (torch.linalg.pinv(covariance, hermitian=True) @ residual.unsqueeze(2)).squeeze(2)
-        step /= step.abs().amax(1, keepdim=True).clamp(min=1)
-        heads[..., -1] -= step * moving.unsqueeze(1)
-        if distance.max() < QUADRATIC:
-            break
-    value, gradient, _ = _evaluate(x, y, heads, strengths)
-    slopes, residual = gradient[..., :-1], gradient[..., -1]
-    gap = slopes.square().sum((1, 2)) / (2 * strengths) + 100 * residual.abs().sum(1)
-    return heads, value, gap / value
+        inverse = torch.linalg.pinv(covariance, hermitian=True)
+        step = (inverse @ (mean - prior).unsqueeze(2)).squeeze(2)
+        heads[..., -1] -= step / step.abs().amax(1, keepdim=True).clamp(min=1)
+        value, gradient, _ = _evaluate(x, y, heads, strengths)
+        gap = gradient[..., :-1].square().sum((1, 2)) / (2 * strengths)
+        residual = 100 * gradient[..., -1].abs().sum(1)
+        if not ((residual > gap / 10) & (residual < before / 2)).any():
+            break  # the intercepts count no more, or float64 brings them no further
+        before = residual
+    return heads, value, (gap + residual) / value
 
 
 def _lbfgs(
