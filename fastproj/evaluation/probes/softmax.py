@@ -105,7 +105,8 @@ def certify(
         value, gradient, _ = _evaluate(x, y, heads, strengths)
         gap = gradient[..., :-1].square().sum((1, 2)) / (2 * strengths)
         residual = 100 * gradient[..., -1].abs().sum(1)
-        if not ((residual > gap / 10) & (residual < before / 2)).any():
+        enough = (gap / 10).minimum(1e-8 * value)
+        if not ((residual > enough) & (residual < before / 2)).any():
             break  # the intercepts count no more, or float64 brings them no further
         before = residual
     return heads, value, (gap + residual) / value
