@@ -31,7 +31,7 @@ from fastproj.core.errors import InputError
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
-REFRESH = 20  # steps before the preconditioner is made anew, and then 40, 80, ...
+REFRESH = 40  # steps before the preconditioner is made anew, and then 80, 160, ...
 ROWS = 2**13  # rows that it is made from, or 8 per feature
 LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
 
