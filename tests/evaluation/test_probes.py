@@ -196,6 +196,16 @@ def test_knn_ties_go_to_the_first_image_and_the_lower_class():
     assert knn(bank, stranger, 3, k=2, temperature=0.07).metrics["top5"] == 0.0  # no vote, no hit
 
 
+@pytest.mark.parametrize("levels", [3, 40, 10**6])  # few levels: equals in every row
+@pytest.mark.parametrize("k", [1, 5, 40, 96, 97])
+def test_knn_takes_the_nearest_and_of_equals_the_first(k, levels):
+    similarity = torch.randint(levels, (50, 97), generator=torch.Generator().manual_seed(k)).float()
+    values, columns = neighbors._nearest(similarity.clone(), k)
+    expected = np.argsort(-similarity.numpy(), axis=1, kind="stable")[:, :k]
+    assert np.array_equal(np.sort(columns.numpy(), axis=1), np.sort(expected, axis=1))
+    assert torch.equal(similarity.gather(1, columns).sort(1).values, values.sort(1).values)
+
+
 def test_knn_small_temperatures_do_not_overflow(digits):
     train, val = digits
     nearest = knn(train, val, 10, k=1, temperature=0.07)

@@ -52,8 +52,11 @@ def knn(
     hits = torch.zeros(len(pairs), 2, dtype=torch.int64, device=bank.device)
     predictions = []
     chunk = max(1, SIMILARITIES // len(bank))
+    space = bank.new_empty(min(chunk, len(val)), len(bank))  # one for all: its pages cost time
     for queries, labels in zip(val.features.split(chunk), val.labels.split(chunk), strict=True):
-        near, rows = _nearest(functional.normalize(queries, dim=1) @ bank.T, max(counts))
+        unit = functional.normalize(queries, dim=1)
+        similarity = torch.mm(unit, bank.T, out=space[: len(unit)])
+        near, rows = _nearest(similarity, max(counts))
         voters = functional.one_hot(train.labels[rows], num_classes).float()
         for at, (count, heat) in enumerate(pairs):
             # Relative to the nearest, so that no temperature overflows: a common factor of votes.
@@ -78,9 +81,25 @@ def knn(
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and columns, both (Q, k), of the ``k`` largest of each row, equals in column order."""
-    values, columns = similarity.topk(k, dim=1)
-    tied = (similarity >= values[:, -1:]).count_nonzero(1) > k
+    """Values and columns, both (Q, k), of the ``k`` largest of each row (Q, N).
+
+    Of equals at the end, the first columns. The ``k`` largest lie in the ``k`` groups of columns
+    with the largest maxima: one pass finds these, and few columns are left to sort.
+    """
+    size = int((similarity.shape[1] / k) ** 0.5)  # columns per group, to keep both parts small
+    groups = similarity.shape[1] // size
+    best = similarity[:, : size * groups].unflatten(1, (size, groups)).amax(1)
+    highest, group = best.topk(k, dim=1)
+    column = torch.arange(similarity.shape[1], device=similarity.device)
+    within = column[: size * groups : groups].view(-1, 1) + group.unsqueeze(1)
+    rest = column[size * groups :].expand(len(similarity), -1)
+    columns = torch.cat([within.flatten(1), rest], dim=1)
+    candidates = similarity.gather(1, columns)
+    values, at = candidates.topk(k, dim=1)
+    columns = columns.gather(1, at)
+    last = values[:, -1:]
+    tied = (candidates >= last).sum(1) > k
+    tied |= (best >= last).sum(1) > (highest >= last).sum(1)
     if tied.any():  # rare: topk may have taken any of the equals
         order = similarity[tied].sort(dim=1, descending=True, stable=True).indices
         columns[tied] = order[:, :k]
