@@ -8,7 +8,7 @@ from pathlib import Path
 from fastproj.core.errors import InputError
 
 FOLDER = Path(__file__).parents[1]  # the build puts the library there
-PARTS = ("fill", "has_jpeg", "prefetch", "read_at_random", "augment")
+PARTS = ("fill", "has_jpeg", "prefetch", "read_at_random", "catch_bus_errors", "augment")
 
 
 @cache
@@ -27,6 +27,7 @@ def library() -> ctypes.CDLL:
             f"the native part, for Linux and macOS, is not built for here ({error}): in a checkout "
             "run ./setup.sh, elsewhere pip install --force-reinstall --no-deps fastproj-ssl"
         ) from error
+    loaded.fastproj_catch_bus_errors()  # of a file that is cut while it is mapped
     loaded.fastproj_fill.restype = ctypes.c_int64
     loaded.fastproj_read_at_random.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return loaded

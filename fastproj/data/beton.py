@@ -6,6 +6,7 @@ FFCV does not check what it reads. A manifest ``<stem>.json`` therefore lies bes
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from fastproj.data.layout import (
     HEADER,
     IMAGE_TYPE,
     INT_TYPE,
+    LONGEST,
     RAW,
     TABLE,
     VERSION,
     row_type,
-    sample_digest,
 )
 from fastproj.data.manifest import Manifest, read_manifest
 
@@ -64,11 +65,11 @@ class Beton:
         start = self.pointer[sample]
         return self.data[start : start + self.length[sample]]
 
-    def digest(self, sample: int, stored: bytes | memoryview) -> bytes:
-        """``sample_digest`` of the bytes ``stored`` and this sample's row."""
+    def rows(self, samples: np.ndarray) -> Iterator[tuple[int, ...]]:
+        """Each sample's row, as ``sample_digest`` takes it."""
         image = (self.mode, self.width, self.height)
-        row = (*image, self.label, self.source_width, self.source_height)
-        return sample_digest(stored, *(int(column[sample]) for column in row))
+        columns = (*image, self.label, self.source_width, self.source_height)
+        return zip(*(column[samples].tolist() for column in columns), strict=True)
 
 
 def open_beton(path: str | os.PathLike) -> Beton:
@@ -182,6 +183,7 @@ def _check_rows(beton: Beton, rows: np.ndarray, table: np.ndarray) -> None:
         ("stored bytes reach past the data", beton.length <= table_at - beton.pointer),
         ("no such image mode", beton.mode <= RAW),
         ("no pixels", (pixels > 0) & (beton.source_width > 0) & (beton.source_height > 0)),
+        ("original size too large", np.maximum(beton.source_width, beton.source_height) <= LONGEST),
         ("raw size is not 3·w·h", (beton.mode != RAW) | (beton.length == 3 * pixels)),
         ("label outside the classes", (beton.label >= -1) & (beton.label < len(beton.classes))),
         ("index is not the sample's number", beton.index == number),

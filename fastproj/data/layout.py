@@ -11,6 +11,7 @@ import struct
 
 import numpy as np
 
+LONGEST = 65535  # pixels: FFCV stores width and height in 16 bits
 VERSION = 2  # of FFCV's file format
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 HASH_BYTES = 4  # of each sample's SHA-256 in the manifest: enough to find a damaged sample

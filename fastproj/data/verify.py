@@ -1,18 +1,21 @@
-"""Read a whole beton and name every damaged sample."""
+"""Read a beton and name every damaged sample: all at once, or each when it is first read."""
 
 import hashlib
 import os
+import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256
 from fastproj.core.machine import cores
 from fastproj.data.beton import Beton, open_beton
-from fastproj.data.layout import HASH_BYTES
+from fastproj.data.layout import HASH_BYTES, sample_digest
 
 CHUNK = 256  # samples that one thread verifies at a time
 
@@ -26,6 +29,50 @@ class Damage:
     reason: str
 
 
+class FirstRead:
+    """Compares each sample with the manifest's hash when it is first read, and the file every epoch.
+
+    It reads with pread: a read of the memory map would end the process where the file was cut.
+    Cost: processor time of ``stream`` per image in the first epoch and later, medians of 8 turns on
+    an Intel Xeon: 14.0 and 7.4 µs (raw, 32 px), 0.80 and 0.75 ms (JPEG, at most 400 px).
+    Threads may share one.
+    """
+
+    def __init__(self, beton: Beton) -> None:
+        self.beton = beton
+        self._hashes = beton.manifest.sample_hashes()
+        self._seen = np.zeros(len(beton), bool)
+        self._file = os.open(beton.path, os.O_RDONLY)
+        self._time = os.fstat(self._file).st_mtime_ns
+        weakref.finalize(self, os.close, self._file)
+
+    def check_file(self) -> None:
+        """Raises InputError if the opened file has changed. One renamed to its path is another."""
+        now = os.fstat(self._file)
+        if (now.st_size, now.st_mtime_ns) != (self.beton.manifest.file_bytes, self._time):
+            raise InputError(
+                f"{self.beton.path} was written to or cut since it was opened: let nothing write "
+                "to it, run fastproj prepare --verify on it, then resume"
+            )
+
+    def check(self, positions: np.ndarray) -> None:
+        """Raises InputError for the first of these samples, not seen before, that is damaged."""
+        beton, fresh = self.beton, positions[~self._seen[positions]]
+        places = (fresh.tolist(), beton.length[fresh].tolist(), beton.pointer[fresh].tolist())
+        for position, length, pointer, row in zip(*places, beton.rows(fresh), strict=True):
+            reason = "its bytes, size or label are not those of the manifest's hash"
+            try:
+                stored = os.pread(self._file, length, pointer)
+            except OSError as error:
+                stored, reason = b"", f"it cannot be read: {error.strerror}"
+            if sample_digest(stored, *row)[:HASH_BYTES] != self._hashes[position].tobytes():
+                raise InputError(
+                    f"{beton.path}: sample {beton.index[position]} is damaged ({reason}): run "
+                    f"fastproj prepare --verify {beton.path}, then write it again"
+                )
+        self._seen[fresh] = True
+
+
 def verify(
     path: str | os.PathLike, progress: Callable[[int], Any] = lambda samples: None
 ) -> list[Damage]:
@@ -37,12 +84,12 @@ def verify(
     beton = open_beton(path)
     manifest = beton.manifest
     try:
-        hashes, sources = manifest.sample_hashes(), manifest.source_names()
+        sources = manifest.source_names()
     except (ValueError, zlib.error) as error:
         raise InputError(
             f"{beton.path.with_suffix('.json')}: damaged ({error}); write the beton again"
         ) from None
-    found: list[Damage] = []
+    hashes, found = manifest.sample_hashes(), list[Damage]()
     digests = hashlib.sha256()
     with ThreadPoolExecutor(cores() + 1) as pool:
         whole = pool.submit(sha256, beton.path)
@@ -76,11 +123,11 @@ def _chunk_digests(beton: Beton, chunk: range) -> list[bytes | str]:
     """
     results: list[bytes | str] = []
     with beton.path.open("rb") as file:
-        for i in chunk:
+        for i, row in zip(chunk, beton.rows(np.asarray(chunk)), strict=True):
             try:
                 stored = os.pread(file.fileno(), int(beton.length[i]), int(beton.pointer[i]))
             except OSError as error:
                 results.append(f"cannot be read: {error.strerror}")
                 continue
-            results.append(beton.digest(i, stored))
+            results.append(sample_digest(stored, *row))
     return results

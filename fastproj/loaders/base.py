@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastproj.data.beton import Beton
+from fastproj.data.verify import FirstRead
 from fastproj.loaders.boxes import Center, Crop, draw
 from fastproj.loaders.order import Order
 
@@ -47,6 +48,7 @@ class Loader(ABC):
     ) -> None:
         self.beton, self.crops, self.order, self.device = beton, tuple(crops), order, device
         self.workers = workers
+        self.first_read = FirstRead(beton)  # every engine compares each sample before it is given
         self.cursor = (0, 0)
         # Weak: with a cycle, threads and processes would wait for Python's garbage collector, which
         # may run in one of them and then lock itself out.
@@ -72,6 +74,7 @@ class Loader(ABC):
 
     def _rest_of_epoch(self) -> Generator[Batch, None, None]:
         epoch, first = self.cursor
+        self.first_read.check_file()
         with closing(self._batches(epoch, range(first, len(self)))) as batches:
             for step, batch in enumerate(batches, first):
                 self.seek(epoch, step + 1)

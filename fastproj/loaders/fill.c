@@ -12,6 +12,7 @@
  */
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -434,18 +435,49 @@ void fastproj_prefetch(const Batch *batch) {
     }
 }
 
+/* Bus errors: a read of the mapped file past its new end, where it was cut, or a disk that fails.
+ * A thread that fills a batch then leaves the sample; elsewhere the process ends as it would have,
+ * but with a line that says why. */
+static __thread __attribute__((tls_model("initial-exec"))) sigjmp_buf *filling;
+static struct sigaction before;
+
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    static const char line[] =
+        "error: a file that is mapped into memory was cut, its disk failed, or /dev/shm is full\n";
+    if (filling) siglongjmp(*filling, 1);
+    if (before.sa_handler == SIG_DFL && write(STDERR_FILENO, line, sizeof(line) - 1) < 0) _exit(1);
+    sigaction(SIGBUS, &before, NULL);  /* the access is repeated, and meets what was there before */
+}
+
+void fastproj_catch_bus_errors(void) {
+    struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
+    sigaction(SIGBUS, &ours, &before);
+}
+
+/* Not inlined: after siglongjmp only what lies in memory has its value. */
+__attribute__((noinline)) static int fill(Batch *batch, Decoder *decoder, Scratch *scratch,
+                                          int64_t *slot) {
+    while ((*slot = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED)) < batch->batch)
+        if (one(batch, *slot, decoder, scratch)) return -1;
+    return 0;
+}
+
 /* Fills slots until none is left. Returns -1, or the slot that failed with the reason in `error`. */
 int64_t fastproj_fill(Batch *batch, char error[MESSAGE_BYTES]) {
     Decoder decoder;
     Scratch scratch = {0};
-    int64_t slot, failed = -1;
+    sigjmp_buf escape;
+    int64_t slot = 0, failed = -1;
     strcpy(error, "out of memory");
     if (open_decoder(&decoder, error)) return 0;
-    while ((slot = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED)) < batch->batch)
-        if (one(batch, slot, &decoder, &scratch)) {
-            failed = slot;
-            break;
-        }
+    if (sigsetjmp(escape, 1)) {
+        strcpy(error, "the file was cut while it was read, or its disk failed");
+        failed = slot;
+    } else {
+        filling = &escape;
+        if (fill(batch, &decoder, &scratch, &slot)) failed = slot;
+    }
+    filling = NULL;
     close_decoder(&decoder);
     free(scratch.image.bytes);
     free(scratch.between.bytes);

@@ -15,6 +15,7 @@ from fastproj.core.errors import InputError
 from fastproj.core.native import library, need_jpeg
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
+from fastproj.data.verify import FirstRead
 
 MESSAGE_BYTES = 200  # jpeglib.h's JMSG_LENGTH_MAX
 
@@ -86,8 +87,13 @@ class Fill:
             0,
         )  # fmt: skip
 
-    def run(self) -> None:
-        """Fill until no sample is left. Raises InputError for a sample that cannot be decoded."""
+    def run(self, first_read: FirstRead | None = None, share: np.ndarray | None = None) -> None:
+        """Fill until no sample is left; ``first_read`` first checks this thread's ``share`` of them.
+
+        Raises InputError for a sample that is damaged or cannot be decoded.
+        """
+        if first_read is not None and share is not None:
+            first_read.check(share)
         why = ctypes.create_string_buffer(MESSAGE_BYTES)
         slot = self._library.fastproj_fill(ctypes.byref(self._batch), why)
         if slot >= 0:

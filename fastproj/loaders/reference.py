@@ -5,7 +5,7 @@ from torchvision's ``resized_crop`` (bilinear, antialiased).
 """
 
 import io
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,23 +19,25 @@ from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
 
+Key = tuple[int, list[np.ndarray]]
 Sample = tuple[list[Tensor], int, int]
 
 
 class ReferenceLoader(Loader):
     """Loads with ``workers`` processes."""
 
-    def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
-        keys = []
+    def _keys(self, epoch: int, steps: range) -> Iterator[list[Key]]:
+        """Each step's samples: position, and the boxes of each crop size."""
         for step in steps:
             positions = self.order.batch(epoch, step)
+            self.first_read.check(positions)
             boxes = self._boxes(epoch, positions)
-            keys.append(
-                [(int(p), [box[:, slot] for box in boxes]) for slot, p in enumerate(positions)]
-            )
+            yield [(int(p), [box[:, slot] for box in boxes]) for slot, p in enumerate(positions)]
+
+    def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         loader = DataLoader(
             _Crops(self.beton, self.crops),
-            batch_sampler=keys,
+            batch_sampler=self._keys(epoch, steps),
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -54,7 +56,7 @@ class _Crops(Dataset[Sample]):
     def __init__(self, beton: Beton, crops: Sequence[Crop | Center]) -> None:
         self.beton, self.sizes = beton, [crop.size for crop in crops]
 
-    def __getitem__(self, key: tuple[int, list[np.ndarray]]) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         position, boxes = key
         image = read_image(self.beton, position)
         crops = [

@@ -60,7 +60,10 @@ class ResidentLoader(Loader):
                 shape = (len(positions), height, width, 3)
                 host = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
                 fill = Fill(self.beton, positions, [], padded=host)
-                for job in [pool.submit(fill.run) for _ in range(self.workers)]:
+                for job in [
+                    pool.submit(fill.run, self.first_read, positions[worker :: self.workers])
+                    for worker in range(self.workers)
+                ]:
                     job.result()
                 # Transposed on the device; the next chunk is read while this one is copied.
                 images = host.to(self.device, non_blocking=True).movedim(-1, 1)

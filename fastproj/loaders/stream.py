@@ -88,7 +88,10 @@ class StreamLoader(Loader):
         pending.fill = Fill(self.beton, positions, pending.boxes, pending.crops, pending.images)
         if self._prefetch:
             pending.fill.prefetch()
-        pending.jobs = [pool.submit(pending.fill.run) for _ in range(self.workers)]
+        pending.jobs = [
+            pool.submit(pending.fill.run, self.first_read, positions[worker :: self.workers])
+            for worker in range(self.workers)
+        ]
         return pending
 
     def _finish(self, pending: "_Pending") -> Batch:

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastproj.data.layout import JPEG, RAW, sample_digest
-
-LONGEST = 65535  # pixels: FFCV stores width and height in 16 bits
+from fastproj.data.layout import JPEG, LONGEST, RAW, sample_digest
 
 
 @dataclass(frozen=True)

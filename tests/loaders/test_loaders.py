@@ -4,6 +4,10 @@ import dataclasses
 import gc
 import io
 import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +25,8 @@ from fastproj.bench import growth
 from fastproj.bench.alone import alone
 from fastproj.core.errors import InputError
 from fastproj.core.machine import cores
-from fastproj.data.beton import Beton
+from fastproj.data.beton import Beton, open_beton
+from fastproj.data.layout import DESCRIPTOR, row_type
 from fastproj.loaders import Batch, Center, Crop, open_loader, resident, stream
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.choose import _choose
@@ -332,6 +337,90 @@ def test_a_broken_sample_is_named_and_ends_the_iteration(
     ):
         list(loader)
     assert threads() == 0
+
+
+def copy(beton: Beton, folder: Path) -> Beton:
+    path = Path(shutil.copytree(beton.path.parent, folder / "copy")) / beton.path.name
+    return open_beton(path)
+
+
+@pytest.mark.parametrize("engine", ["stream", "resident", "reference"])
+def test_a_sample_that_decodes_but_is_damaged_is_named_when_first_read(
+    photos: dict[str, Beton], tmp_path: Path, engine: str
+) -> None:
+    beton = copy(photos["square" if engine == "resident" else "jpeg"], tmp_path)
+    with beton.path.open("r+b") as file:
+        file.seek(int(beton.pointer[17] + beton.length[17] - 3))  # the end of the last block
+        file.write(b"\x55")
+    with (
+        pytest.raises(InputError, match=r"sample 17 is damaged .*--verify"),
+        open_loader(beton, GROUPS, 8, engine=engine, workers=2) as loader,
+    ):
+        list(loader)
+    assert threads() == 0
+
+
+@pytest.mark.parametrize("engine", ["stream", "resident", "reference"])
+def test_a_flipped_label_within_the_classes_is_named(
+    small: Beton, tmp_path: Path, engine: str
+) -> None:
+    beton = copy(small, tmp_path)
+    rows = np.memmap(beton.path, row_type(False), "r+", 24 + 3 * DESCRIPTOR.itemsize, 75)
+    rows["label"][3] = (rows["label"][3] + 1) % 5
+    rows.flush()
+    with (
+        pytest.raises(InputError, match="sample 3 is damaged .*label"),
+        open_loader(open_beton(beton.path), GROUPS, 25, engine=engine, workers=2) as loader,
+    ):
+        list(loader)
+
+
+def test_a_file_written_to_or_cut_after_it_was_opened_ends_the_next_epoch(
+    small: Beton, tmp_path: Path
+) -> None:
+    beton = copy(small, tmp_path)
+    changes = {
+        "written": lambda: os.utime(beton.path, ns=(0, 1)),
+        "cut": lambda: os.truncate(beton.path, 100),
+    }
+    for change in changes.values():
+        with open_loader(beton, GROUPS, 25, engine="stream", workers=2) as loader:
+            list(loader)
+            change()
+            with pytest.raises(InputError, match="was written to or cut since it was opened"):
+                list(loader)
+
+
+def test_a_file_cut_while_it_is_read_is_an_input_error(
+    photos: dict[str, Beton], small: Beton, tmp_path: Path
+) -> None:
+    for name, original in (("jpeg", photos["jpeg"]), ("raw", small)):
+        beton = copy(original, tmp_path / name)
+        with open_loader(beton, GROUPS, 8, engine="stream", workers=2) as loader:
+            loader.first_read._seen[:] = True  # as in a later epoch: nothing is compared
+            iterator = iter(loader)
+            next(iterator)
+            os.truncate(beton.path, 4096)
+            with pytest.raises(InputError, match="the file was cut while it was read"):
+                list(iterator)
+    assert threads() == 0
+
+
+def test_a_cut_file_read_by_others_ends_with_a_line(small: Beton, tmp_path: Path) -> None:
+    beton = copy(small, tmp_path)
+    script = (
+        "import os, sys\nfrom fastproj.core.native import library\n"
+        "from fastproj.data.beton import open_beton\n"
+        "library()\nbeton = open_beton(sys.argv[1])\nos.truncate(sys.argv[1], 4096)\n"
+        "beton.stored(70).sum()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(beton.path)], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr == (
+        "error: a file that is mapped into memory was cut, its disk failed, or /dev/shm is full\n"
+    )
 
 
 def test_workers_are_clamped_to_the_cores_allowed(small: Beton) -> None:
