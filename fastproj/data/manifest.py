@@ -2,10 +2,12 @@
 
 import base64
 import json
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +62,56 @@ class Manifest:
         return names
 
 
+def _whole(low: int, high: int = 2**63 - 1) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _digest(value: Any) -> bool:
+    return _text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _shares(value: Any) -> bool:
+    """Three numbers from 0 to 1; a comparison also refuses what is no number that JSON has."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(x) in (int, float) and 0 <= x <= 1 for x in value)
+    )
+
+
+# What each value must be, and how to say it.
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (lambda value: value == FORMAT, f"{FORMAT}, the format that this version reads"),
+    **dict.fromkeys(
+        ("fastproj", "command", "dataset", "split", "hashes", "sources"), (_text, "text")
+    ),
+    "samples": (_whole(1), "a whole number above 0"),
+    "classes": (lambda x: isinstance(x, list) and all(map(_text, x)), "a list of names"),
+    "store": (lambda x: x in ("raw", "jpeg", "square"), "raw, jpeg or square"),
+    "quality": (_or_null(_whole(1, 100)), "null or from 1 to 100"),
+    "max_resolution": (_or_null(_whole(1)), "null or a whole number above 0"),
+    "side": (_or_null(_whole(1)), "null or a whole number above 0"),
+    "mean": (_shares, "three numbers from 0 to 1"),
+    "std": (lambda x: _shares(x) and min(x) > 0, "three numbers above 0, at most 1"),
+    "file_bytes": (_whole(1), "a whole number above 0"),
+    "sha256": (_digest, "64 hexadecimal digits"),
+    "content": (_digest, "64 hexadecimal digits"),
+    "skipped": (
+        lambda x: isinstance(x, list)
+        and all(isinstance(y, dict) and all(map(_text, y.values())) for y in x),
+        "a list of sources and reasons",
+    ),
+}
+
+
 def pack_names(names: Sequence[str]) -> str:
     """Source names as the manifest stores them: joined, compressed, base64."""
     joined = "\0".join(names).encode("utf-8", "surrogateescape")
@@ -77,22 +129,39 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         file.write(json.dumps(asdict(manifest), indent=1).encode() + b"\n")
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands in it twice")
+    return content
+
+
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest at ``path``; ``InputError`` if it is missing, damaged or another format."""
+    """Read the manifest at ``path`` and check every value.
+
+    Raises ``InputError`` if it is missing, damaged or of another format.
+    """
     again = "write the beton again with fastproj prepare"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise InputError(f"{path}: no manifest beside the beton; {again}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest ({error}); {again}") from None
     wanted = {field.name for field in fields(Manifest)}
     if not isinstance(content, dict) or set(content) != wanted:
         raise InputError(f"{path}: not a fastproj manifest, its keys differ; {again}")
-    if content["format"] != FORMAT:
-        raise InputError(f"{path}: manifest format {content['format']}, expected {FORMAT}; {again}")
+    for name, (is_right, words) in VALUES.items():
+        if not is_right(content[name]):
+            shown = json.dumps(content[name])[:40]
+            raise InputError(f"{path}: {name} is {shown}, not {words}; {again}")
     for name in ("classes", "mean", "std", "skipped"):
-        if not isinstance(content[name], list):
-            raise InputError(f"{path}: {name} is not a list; {again}")
         content[name] = tuple(content[name])
-    return Manifest(**content)
+    manifest = Manifest(**content)
+    try:
+        manifest.sample_hashes()
+    except ValueError as error:
+        raise InputError(f"{path}: its hashes are damaged ({error}); {again}") from None
+    return manifest
