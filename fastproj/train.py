@@ -2,7 +2,8 @@
 
 Beton -> crops on the device -> views -> encoder -> projector -> objective, with a linear probe on
 the detached features beside it. On several GPUs: ``torchrun --nproc-per-node 8 -m fastproj.train``.
-``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says. With
+``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says;
+``--run.name NAME --run.resume auto`` starts it or goes on, whichever there is to do. With
 ``train.online_every``, the probe and kNN are scored on ``data.val`` while the run is under way.
 """
 
@@ -13,19 +14,21 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastproj import __version__
 from fastproj.core import dist
 from fastproj.core.device import choose_device
-from fastproj.core.errors import InputError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text
 from fastproj.core.interruption import Interruption
 from fastproj.core.machine import keep_freed_memory
-from fastproj.data.beton import Beton
+from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.online import OnlineAccuracy
 from fastproj.evaluation.sets import open_sets
 from fastproj.runs import checkpoint
@@ -38,6 +41,9 @@ from fastproj.training.build import build_trainer
 from fastproj.training.crops import misfit
 from fastproj.training.trainer import Trainer
 
+AUTO = "auto"  # of run.resume: start where there is nothing, go on where there is something
+# Ranks may be started with other paths of their machines; everything else is compared.
+OWN_TO_A_RANK = ("run.dir", "data.")
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
 FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
 
@@ -58,23 +64,20 @@ def train(settings: Settings) -> Path:
             device = torch.device("cuda", rank.local_rank)
         else:
             keep_freed_memory()
-        found = _find_checkpoint(run, resume=settings.run.resume is not None)
-        dist.barrier()  # rank 0 must not start the folder before the others have looked
+        if settings.run.resume == AUTO and _finished(run):
+            if dist.is_main():
+                print(f"{run.path} holds a finished run: nothing to do", file=sys.stderr)
+            return run.path
+        with dist.together():
+            found = _find_checkpoint(run, settings.run.resume)
+        dist.require_same({"the newest checkpoint": found and found.name})
         trainer = build_trainer(settings, rank, device)
-        online = _online(settings)
-        if found:
-            _load(trainer, found, settings)
-        elif dist.is_main():
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_text(run.config, settings.to_yaml())
-            write_environment(run.environment)
-        if dist.is_main():
-            _announce(run, trainer, settings)
-        with (
-            trainer.loader,
-            Interruption() as interruption,
-            Journal(run.metrics, dist.is_main(), trainer.total_steps, trainer.step) as journal,
-        ):
+        with dist.together():
+            online = _online(settings)
+            if found:
+                _load(trainer, found, settings)
+            journal = _open_journal(run, found, trainer, settings)
+        with trainer.loader, Interruption() as interruption, journal:
             _loop(trainer, online, journal, run.checkpoints, interruption, settings)
     finally:
         dist.stop()
@@ -84,28 +87,54 @@ def train(settings: Settings) -> Path:
 
 
 def _folder(settings: Settings) -> RunFolder:
-    return RunFolder(Path(settings.run.resume or Path(settings.run.dir) / settings.run.name))
+    resume = settings.run.resume
+    named = Path(settings.run.dir) / settings.run.name
+    return RunFolder(named if resume in (None, AUTO) else Path(resume))
 
 
-def _find_checkpoint(run: RunFolder, resume: bool) -> Path | None:
+def _finished(run: RunFolder) -> bool:
+    return run.metrics.exists() and any(e["event"] == "end" for e in read_journal(run.metrics))
+
+
+def _find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
     """The checkpoint to resume from; InputError where the folder and ``resume`` do not agree."""
     found = checkpoint.latest(run.checkpoints)
-    finished = run.metrics.exists() and any(e["event"] == "end" for e in read_journal(run.metrics))
-    if found and not resume and not finished:
-        state = checkpoint.load(found)  # a kill may have come between the last checkpoint and "end"
-        finished = state["cursor"][0] >= state["settings"]["optim.epochs"]
+    finished = _finished(run)
+    if found and resume is None and not finished:
+        with _fitting(found):  # a kill may have come between the last checkpoint and "end"
+            state = checkpoint.load(found)
+            finished = state["cursor"][0] >= state["settings"]["optim.epochs"]
     if finished:
         raise InputError(f"{run.path} holds a finished run: give another --run.name, or remove it")
-    if resume and found is None:
+    if resume not in (None, AUTO) and found is None:
         raise InputError(
             f"{run.path} holds no checkpoint to resume from: start without --run.resume"
         )
-    if found and not resume:
+    if found and resume is None:
         raise InputError(
             f"{run.path} holds an unfinished run: go on with --run.resume {run.path}, or give "
             "another --run.name"
         )
     return found
+
+
+def _open_journal(
+    run: RunFolder, found: Path | None, trainer: Trainer, settings: Settings
+) -> Journal:
+    """The run's journal, locked against other trainers; rank 0 starts the folder of a new run."""
+    main = dist.is_main()
+    if main:
+        run.path.mkdir(parents=True, exist_ok=True)
+        _announce(run, trainer, settings)
+    journal = Journal(run.metrics, main, trainer.total_steps, trainer.step)
+    if main:
+        if checkpoint.latest(run.checkpoints) != found:
+            journal.close()
+            raise InputError(f"another process has trained in {run.path} just now: start again")
+        if not found:
+            write_text(run.config, settings.to_yaml())
+            write_environment(run.environment)
+    return journal
 
 
 def _state(trainer: Trainer, settings: Settings) -> dict[str, Any]:
@@ -122,18 +151,39 @@ def _state(trainer: Trainer, settings: Settings) -> dict[str, Any]:
 
 def _load(trainer: Trainer, path: Path, settings: Settings) -> None:
     """Go on from the checkpoint. Raises InputError where it is of another run or other data."""
-    state, beton = checkpoint.load(path), trainer.loader.beton
-    _require_same(state["settings"], settings.flat(), path)
-    if state["data"] != beton.manifest.content:
-        raise InputError(f"{path} was trained on other data than {beton.path}: resume on that data")
-    trainer.load_state_dict(state)
+    with _fitting(path):
+        state, beton = checkpoint.load(path), trainer.loader.beton
+        _require_same(state["settings"], settings.flat(), path)
+        if state["data"] != beton.manifest.content:
+            raise InputError(
+                f"{path} was trained on other data than {beton.path}: resume on that data"
+            )
+        trainer.load_state_dict(state)
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Turn whatever reading a foreign or altered checkpoint raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # missing keys, other types, other shapes: a dozen exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}): delete it, "
+            "or start another run with --run.name"
+        ) from error
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    for name, value in now.items():
-        if before.get(name) != value and not name.startswith(FREE_TO_CHANGE):
+    for name in now | before:
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
+            made, here = (
+                f"{x[name]}" if name in x else "not read" for x in (before, now)
+            )
             raise InputError(
-                f"{path} was made with {name} = {before.get(name)}, now it is {value}: resume "
+                f"{path} was made with {name} = {made}, now it is {here}: resume "
                 "without this setting, or start another run with --run.name"
             )
 
@@ -227,18 +277,39 @@ def _read(argv: Sequence[str]) -> Settings:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         folder = value if equals else following
-        if option in ("--run.resume", "--resume") and folder.strip("-") not in ("", "null"):
+        if option in ("--run.resume", "--resume") and folder.strip("-") not in ("", "null", AUTO):
             config = RunFolder.open(folder).config
             # ``stop_after`` was the earlier start's own.
             return load(RUN, ["--train.stop_after", "null", *argv], *about, config=config)
     return load(RUN, argv, *about)
 
 
+def _require_same_start(settings: Settings) -> None:
+    """Raises InputError on every rank where they have other settings, plugins, data or versions."""
+    with dist.together():
+        manifest = open_beton(settings.data.train).manifest
+    given = settings.flat().items()
+    dist.require_same(
+        {name: str(value) for name, value in given if not name.startswith(OWN_TO_A_RANK)}
+        | {"the content of data.train": manifest.content, "fastproj": __version__}
+        | {"torch": torch.__version__}
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     settings = _read(argv)
-    if settings.run.resume is None and settings.sources()["run.name"] == "default":
-        dist.start(choose_device(settings.run.device))  # all ranks take rank 0's time
-        stamp = dist.from_main(time.strftime("%Y%m%d-%H%M%S"))
-        name = f"{settings.run.name}-seed{settings.run.seed}-{stamp}"
-        settings = _read([*argv, f"--run.name={name}"])
-    print(f"run folder: {train(settings)}")
+    named = settings.sources()["run.name"] != "default"
+    if settings.run.resume == AUTO and not named:
+        raise SettingError("run.resume auto needs --run.name: by default each start has a new name")
+    try:
+        dist.start(choose_device(settings.run.device))
+        with dist.losing_ranks():
+            _require_same_start(settings)
+            if settings.run.resume is None and not named:
+                stamp = dist.exchange(time.strftime("%Y%m%d-%H%M%S"))[0]
+                name = f"{settings.run.name}-seed{settings.run.seed}-{stamp}"
+                settings = _read([*argv, f"--run.name={name}"])
+            folder = train(settings)
+    finally:
+        dist.stop()
+    print(f"run folder: {folder}")

@@ -6,14 +6,19 @@ initialized and every function here is the identity.
 """
 
 import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastproj.core.errors import InputError
+
+T = TypeVar("T")
 
 
 class Rank(NamedTuple):
@@ -175,13 +180,59 @@ def any_true(flag: bool) -> bool:
     return bool(votes.item())
 
 
-def from_main(text: str) -> str:
-    """Rank 0's ``text``, on every rank."""
-    if world_size() == 1:
-        return text
-    shared = [text]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+def exchange(value: T) -> list[T]:
+    """Every rank's ``value`` (plain numbers and text), in rank order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def require_same(facts: Mapping[str, object]) -> None:
+    """Raises ``InputError`` on every rank where a rank's ``facts`` differ from rank 0's."""
+    first, *others = exchange(dict(facts))
+    for number, theirs in enumerate(others, start=1):
+        for name in first | theirs:
+            if theirs.get(name) != first.get(name):
+                raise InputError(
+                    f"rank {number} was started with {name} = {theirs.get(name)}, rank 0 with "
+                    f"{first.get(name)}: start all ranks with the same settings, plugins and data"
+                )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Where the block raises ``InputError`` or ``OSError`` on one rank, every rank raises.
+
+    The block must hold no collective: a rank that failed would take no part in it.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        failure = error
+    reasons = exchange(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, reason in enumerate(reasons):
+        if reason is not None:
+            raise InputError(f"rank {number}: {reason}")
+
+
+@contextmanager
+def losing_ranks() -> Iterator[None]:
+    """Turn a collective's failure, because another rank died or hangs, into an ``InputError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if world_size() == 1 or not lost:
+            raise
+        reason = re.sub(r"^\[.*?\]\s*", "", str(error).partition("\n")[0])
+        raise InputError(
+            f"rank {rank()} lost another rank, or waited too long for it ({reason}): that rank's own "
+            "last line says why"
+        ) from error
 
 
 def barrier() -> None:

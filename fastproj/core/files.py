@@ -1,15 +1,20 @@
 """Atomic writes of files, their hashes, and the recipes that come with fastproj."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom
 from pathlib import Path
+from typing import BinaryIO
 
 from fastproj.core.errors import InputError
+
+LEFT_BEHIND = 3600.0  # seconds without a write; not less, as some file systems have no locks
 
 
 @contextmanager
@@ -35,13 +40,15 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
 
     The file is synced and renamed, then its folder is synced. After an exception the temporary
     file is removed and ``path`` stays as it was; a killed process leaves ``<name>.<hex>.tmp``
-    behind. Raises ``InputError`` if the file cannot be written (full disk, no permission,
-    read-only mount).
+    behind, which a later write of ``path`` removes. Raises ``InputError`` if the file cannot be
+    written (full disk, no permission, read-only mount).
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with writing(path):
+            _remove_left_behind(path)
             with temporary.open("x+b") as file:
+                lock(file)  # says that it has a writer
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -55,6 +62,33 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
         # A read-only file system refuses this as well, and its refusal would hide the first one.
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove temporary files of ``path`` whose writer was killed: old, and locked by nobody."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > LEFT_BEHIND:
+                with temporary.open("rb") as file:
+                    if lock(file):
+                        temporary.unlink()
+
+
+def lock(file: BinaryIO) -> bool:
+    """Lock an open file; returns False where another process (or another open file) holds it.
+
+    The lock ends when the file is closed, or with the process, however that ends. Where system or
+    file system have no locks, nothing is locked.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

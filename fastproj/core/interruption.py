@@ -1,9 +1,11 @@
 """A stop that is asked for by a signal and granted between two steps."""
 
+import math
 import os
 import signal
 import sys
-from threading import Thread
+import time
+from threading import Event, Thread
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 from fastproj.core import dist
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+SAME = 2.0  # seconds within which a second signal is the first one's echo
+GRACE = 5.0  # seconds until a process that does not hear a second signal is ended
 
 
 class Interruption:
@@ -20,11 +24,18 @@ class Interruption:
     Rank 0 answers the first signal at once with one line on stderr, above a progress bar. Python
     runs a signal's handler only after the operation under way, which may take seconds (a backward
     pass on a CPU); so a thread reads the number that the interpreter writes to a pipe
-    (``signal.set_wakeup_fd``). A second Ctrl-C raises ``KeyboardInterrupt``.
+    (``signal.set_wakeup_fd``).
+
+    A second signal ends the process now: ``KeyboardInterrupt``, or ``SystemExit`` for SIGTERM, and
+    where the main thread does not hear it within ``GRACE`` seconds, because it waits for a rank
+    that is gone, without more ado. One that comes within ``SAME`` seconds of the first is the
+    first, twice: a terminal or Slurm signals torchrun and its ranks, and torchrun its ranks again.
     """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._first = math.inf  # when the first signal came
+        self._over = Event()
 
     def requested(self, agree: bool) -> bool:
         """Whether to stop now.
@@ -46,20 +57,31 @@ class Interruption:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == number == signal.SIGINT:  # twice: the user means now
-            raise KeyboardInterrupt
-        self.signal = number
+        if self._is_second():
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.signal = self.signal or number
+
+    def _is_second(self) -> bool:
+        now = time.monotonic()
+        self._first = min(self._first, now)
+        return now - self._first > SAME
 
     def _answer(self, main: bool) -> None:
+        answered = False
         while number := os.read(self._read, 1)[0]:
-            if number in STOPS:
-                if main:
-                    name = signal.Signals(number).name
-                    tqdm.write(
-                        f"{name}: finishing the step under way, then saving; Ctrl-C again ends now",
-                        file=sys.stderr,
-                    )
+            if number not in STOPS:
+                continue
+            if self._is_second():
+                if not self._over.wait(GRACE):
+                    os._exit(128 + number)
                 return
+            if main and not answered:
+                tqdm.write(
+                    f"{signal.Signals(number).name}: finishing the step under way, then saving; "
+                    f"again, {SAME:g} s later, ends now",
+                    file=sys.stderr,
+                )
+            answered = True
 
     def __exit__(
         self,
@@ -70,6 +92,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
+        self._over.set()
         # No signal has this number. Closing would not end the thread: forked workers hold the pipe.
         os.write(self._write, b"\0")
         self._thread.join()

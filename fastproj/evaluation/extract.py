@@ -78,7 +78,7 @@ class Extractor:
             for depth in depths
         }
         kept = self._kept(keys)
-        if dist.from_main("kept" if kept else "") == "kept":
+        if dist.exchange(bool(kept))[0]:
             return kept
         module.to(memory_format=torch.channels_last).to(self.device)
         with closing(self.open(beton, dist.rank(), dist.world_size())) as loader:

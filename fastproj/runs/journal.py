@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastproj.core import dist
 from fastproj.core.errors import InputError
-from fastproj.core.files import writing
+from fastproj.core.files import lock, writing
 
 Event = Literal["start", "step", "epoch", "probe", "checkpoint", "end", "error"]
 Part = Literal["data_wait", "step", "pause"]
@@ -33,6 +33,7 @@ class Journal:
 
     ``total`` is the run's number of steps and ``start`` the step this process begins at, for the
     bar and the time left. Only the process with ``main`` writes and shows; the others only check.
+    It locks the file, so that a run has one writer: ``InputError`` where another process writes.
     A context manager: an exception that leaves it is logged as an ``error`` event.
     """
 
@@ -44,9 +45,15 @@ class Journal:
         if not main:
             return
         with writing(self.path):
-            _drop_half_line(self.path)
             # Unbuffered: a line is with the system at once, and a kill cannot take it back.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            if not lock(self._file):
+                self._file.close()
+                raise InputError(
+                    f"another process writes to {self.path}: wait until it ends, stop it, or give "
+                    "another --run.name"
+                )
+            _drop_half_line(self.path)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, bar_format=BAR, dynamic_ncols=True)
 
@@ -63,10 +70,14 @@ class Journal:
             fields = {"step": self._start, **fields}
         for name, value in _numbers(fields):
             if not math.isfinite(value):
-                raise InputError(
-                    f"{name} is {value} at step {fields.get('step', '?')}: the run diverged; lower "
-                    "--optim.lr, or set --train.precision float32"
-                )
+                step = fields.get("step", "?")
+                why = "the run diverged; lower --optim.lr, or set --train.precision float32"
+                if step == 1:  # computed before the first update
+                    why = (
+                        "no update came before it, so look at the data, views and penalties' "
+                        "weights, or set --train.precision float32"
+                    )
+                raise InputError(f"{name} is {value} at step {step}: {why}")
         if not self._main:
             return
         line = json.dumps({"event": kind, "time": time.time(), **fields}) + "\n"
@@ -123,7 +134,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
     A ``start`` at step s after a kill means that what was logged beyond s was done again: those
     events are left out. So is the half line that a kill, or a writer at work, leaves at the end.
-    Raises ``InputError`` if the file is missing or another line is not a JSON object.
+    Raises ``InputError`` if the file is missing or another line is no event of a run.
     """
     path = Path(path)
     try:
@@ -134,14 +145,37 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             event = None
-        if not isinstance(event, dict):
-            raise InputError(f"{path}, line {number} is no JSON object: delete that line")
-        if event.get("event") == "start":
+        if not _is_event(event):
+            raise InputError(f"{path}, line {number} is no JSON object that a run writes: delete it")
+        if event["event"] == "start":
             events = [old for old in events if old.get("step", 0) <= event["step"]]
         events.append(event)
     return events
+
+
+# What the readers of a journal need of an event, and the fields that are numbers wherever they are.
+NEEDED = {"start": {"step"}, "epoch": {"epoch", "steps", "seconds"}, "probe": {"epoch"}}
+NUMBERS = ("time", "step", "steps", "epoch", "loss", "lr", "images_per_second", "data_wait")
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or event.get("event") not in get_args(Event):
+        return False
+    seconds, diagnostics = event.get("seconds", {}), event.get("diagnostics", {})
+    return (
+        NEEDED.get(event["event"], set()) <= event.keys()
+        and all(_is_number(event[name]) for name in NUMBERS if name in event)
+        and isinstance(seconds, dict)
+        and ("seconds" not in event or {*get_args(Part)} <= seconds.keys())
+        and all(map(_is_number, seconds.values()))
+        and isinstance(diagnostics, dict)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # also false of NaN
 
 
 class RunClock:

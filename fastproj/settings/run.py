@@ -59,7 +59,8 @@ class Run:
     )
     resume: str | None = setting(
         OrNull(File()),
-        "folder of a run to go on with: its config.yaml, its newest checkpoint, the next sample",
+        "folder of a run to go on with: its config.yaml, its newest checkpoint, the next sample;"
+        " auto: start the run, or go on with run.name in run.dir",
     )
 
 

@@ -13,6 +13,7 @@ from fastproj.core import dist
 from fastproj.core.device import choose_precision
 from fastproj.core.errors import InputError
 from fastproj.loaders import Batch, Crop, Loader
+from fastproj.models.finite import require_finite
 from fastproj.objective.penalties import proximal_step_
 from fastproj.training.diagnostics import Diagnostics
 from fastproj.training.learner import Learner, StepOutput
@@ -174,10 +175,9 @@ class Trainer:
             parts.append(part)
             metrics.append(values)
         self.learner.objective.before_update()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        updated = self._update()
         self.optimizer.zero_grad()
-        self._after_update(parts)
+        self._after_update(parts, updated)
         self.step += 1
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
 
@@ -223,23 +223,41 @@ class Trainer:
     def _penalty_weight(self, name: str) -> float:
         return linear(self.penalty_weights[name], self.step / self.total_steps)
 
-    def _after_update(self, parts: list[StepOutput]) -> None:
-        """Updates after the optimizer, once per step for any number of ranks and parts."""
+    def _update(self) -> bool:
+        """Step the optimizer; False where the scaler skipped it, as gradients were not finite."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return True
+        before = self.scaler.get_scale()  # waits for the GPU, as the scaler's own step does
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
+
+    def _after_update(self, parts: list[StepOutput], updated: bool) -> None:
+        """Updates after the optimizer, once per step for any number of ranks and parts.
+
+        Where the scaler skipped the update, nothing else moves either.
+        """
+        epoch = self.step // len(self.loader)
+        # torch.cat copies even a single part; the next step overwrites a CUDA graph's own tensors.
+        projections = torch.cat([part.projections for part in parts], 1)
+        if updated:
+            self._move_the_rest(parts, projections)
+        if self.diagnostics_every and (epoch + 1) % self.diagnostics_every == 0:
+            features = torch.cat([part.features for part in parts], 1)
+            self.diagnostics.watch(features, projections[: len(features)])
+
+    def _move_the_rest(self, parts: list[StepOutput], projections: Tensor) -> None:
+        """The proximal step, the teacher, and what the objective keeps."""
         if self.proximal:
             # The step size is the schedule's rate, not scaled by LARS, AdamW or momentum.
             shrink = self.optimizer.param_groups[0]["lr"] * self._penalty_weight("sparsehead")
             proximal_step_(self.learner.projector.first_weight(), self.proximal, shrink)
         objective, progress = self.learner.objective, self.step / self.total_steps
         self.learner.update_teacher(cosine(objective.momentum, objective.momentum_end, progress))
-        # torch.cat copies even a single part; the next step overwrites a CUDA graph's own tensors.
-        projections = torch.cat([part.projections for part in parts], 1)
         teachers = [part.teacher for part in parts if part.teacher is not None]
         teacher = torch.cat(teachers, 1) if teachers else None
         self.learner.objective.after_update(projections, teacher)
-        epoch = self.step // len(self.loader)
-        if self.diagnostics_every and (epoch + 1) % self.diagnostics_every == 0:
-            features = torch.cat([part.features for part in parts], 1)
-            self.diagnostics.watch(features, projections[: len(features)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; the learner's parts by their names."""
@@ -255,11 +273,21 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the step at which ``state_dict`` returned ``state``; ignore other keys.
 
-        Raises torch's own error if the state is of another architecture.
+        Raises torch's own error if the state is of another architecture, and ``InputError`` if its
+        weights are not finite or its step is not the loader's.
         """
+        epoch, place = state["cursor"]
+        step = state["step"]
+        whole = all(type(number) is int and number >= 0 for number in (epoch, place, step))
+        if not whole or step != epoch * len(self.loader) + place or step > self.total_steps:
+            raise InputError(
+                f"step {step} of the state is not step {place} of epoch {epoch} with "
+                f"{len(self.loader)} steps per epoch: it is of another run, or damaged"
+            )
         for name, part in self.learner.named_children():
             part.load_state_dict(state[name])
+            require_finite(part.state_dict(), name)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.loader.seek(*state["cursor"])
+        self.step = step
+        self.loader.seek(epoch, place)

@@ -34,7 +34,24 @@ def collectives() -> dict:
     summed = dist.total(y)
     (summed * (rank + 1)).sum().backward()
     dist.barrier()
+    refused = []
+    for facts in ({"a": 1, "b": rank // 2}, {"a": 1} if rank < 1 else {"a": 1, "c": 2}, {"d": 3}):
+        try:
+            dist.require_same(facts)
+        except InputError as error:
+            refused.append(str(error))
+    failed = []
+    for ranks in ([], [1, 2], [0]):
+        try:
+            with dist.together():
+                if rank in ranks:
+                    raise InputError(f"own {rank}")
+        except InputError as error:
+            failed.append(str(error))
     return {
+        "exchanged": dist.exchange({"rank": rank}),
+        "refused": refused,
+        "failed": failed,
         "total": summed.detach(),
         "total's gradient": y.grad,
         "rank": rank,
@@ -88,6 +105,21 @@ def test_mean_and_votes_are_the_same_everywhere(seen):
         assert s["any of none"] is False
 
 
+def test_ranks_exchange_compare_and_fail_together(seen):
+    own = [["rank 1: own 1", "own 0"], ["own 1", "rank 0: own 0"], ["own 2", "rank 0: own 0"]]
+    for s, failed in zip(seen, own, strict=True):
+        assert s["exchanged"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        first, second = s["refused"]
+        assert first.startswith("rank 2 was started with b = 1, rank 0 with 0: start all ranks")
+        assert second.startswith("rank 1 was started with c = 2, rank 0 with None")
+        assert s["failed"] == failed
+
+
+def test_only_a_lost_rank_is_called_one():
+    with pytest.raises(RuntimeError, match="gloo"), dist.losing_ranks():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed")  # alone: a bug
+
+
 def test_alone_nothing_is_initialized():
     assert dist.start("cpu") == (0, 1, 0, 1)
     assert not torch.distributed.is_initialized()
@@ -96,6 +128,10 @@ def test_alone_nothing_is_initialized():
     assert torch.equal(dist.mean(x), x) and not dist.mean(x).requires_grad
     assert dist.any_true(True) is True and dist.any_true(False) is False
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    assert dist.exchange("x") == ["x"]
+    dist.require_same({"a": 1})
+    with pytest.raises(InputError, match="^mine$"), dist.together():
+        raise InputError("mine")
     dist.barrier()
     dist.stop()
 

@@ -32,6 +32,24 @@ def test_an_exception_leaves_what_was_there_and_is_raised_as_it_is(tmp_path, err
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_killed_writers_file_goes_at_a_later_write_and_a_living_ones_stays(tmp_path):
+    path = tmp_path / "a[1].txt"
+    left, fresh, other = (tmp_path / f"{name}.0123abcd.tmp" for name in ("a[1].txt",) * 2 + ("b",))
+    fresh = fresh.with_name("a[1].txt.4567abcd.tmp")
+    for file in (left, fresh, other):
+        file.write_text("half")
+    os.utime(left, (0, 0))
+    os.utime(other, (0, 0))
+    with replacing(path) as file:
+        living = next(p for p in tmp_path.iterdir() if p not in (path, left, fresh, other))
+        os.utime(living, (0, 0))  # as if it had waited for long
+        write_text(path, "one")
+        assert living.exists() and fresh.exists() and other.exists() and not left.exists()
+        file.write(b"two")
+    assert path.read_text() == "two"
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
+
+
 WRITE = """
 import sys
 from pathlib import Path

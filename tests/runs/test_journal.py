@@ -77,6 +77,12 @@ def test_not_finite(tmp_path, fields, name, main):
         assert line["event"] == "error" and name in line["message"]
 
 
+def test_not_finite_before_the_first_update_is_not_the_learning_rates_fault(tmp_path):
+    book = Journal(tmp_path / "metrics.jsonl", main=False, total=100)
+    with pytest.raises(InputError, match="at step 1: no update came before it, so look at the da"):
+        book.event("step", step=1, loss=float("nan"))
+
+
 def test_only_the_main_rank_writes_and_shows(tmp_path, capsys):
     with Journal(tmp_path / "metrics.jsonl", main=False, total=10) as book:
         book.event("step", step=1, loss=0.5)
@@ -155,6 +161,43 @@ def test_read_names_what_it_cannot_read(tmp_path):
         journal.read(path)
     path.write_text("")
     assert journal.read(path) == []
+
+
+WHOLE = {
+    "event": "epoch", "step": 3, "epoch": 0, "steps": 3, "loss": 1.5, "diagnostics": {"a": 1.0},
+    "seconds": {"data_wait": 1.0, "step": 2.0, "pause": 0.0},
+}  # fmt: skip
+NOT_OURS = [
+    {}, {"event": None}, {"event": []}, {"event": "start"}, {"event": "start", "step": "0"},
+    {"event": "stop", "step": 1}, {"event": "probe", "step": 1}, {"event": "end", "step": None},
+    *({**WHOLE, name: value} for name, value in (
+        ("loss", "1.5"), ("loss", [1.5]), ("loss", None), ("loss", True), ("loss", float("nan")),
+        ("loss", 10**400), ("epoch", "0"), ("steps", {}), ("seconds", 3.0), ("seconds", {}),
+        ("seconds", {**WHOLE["seconds"], "step": "2"}), ("diagnostics", "x"), ("step", [1]),
+    )),
+    *({key: WHOLE[key] for key in WHOLE if key != name} for name in ("epoch", "steps", "seconds")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [json.dumps(line) for line in NOT_OURS] + ["[" * 100_000])
+def test_a_line_that_no_run_writes_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(WHOLE)}\n{line}\n")
+    with pytest.raises(InputError, match="metrics.jsonl, line 2 is no JSON object that a run"):
+        journal.read(path)
+    path.write_text(f"{json.dumps(WHOLE)}\n")
+    assert journal.read(path) == [WHOLE]
+
+
+def test_a_journal_has_one_writer(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Journal(path, main=True, total=1) as book:
+        book.event("step", step=1, loss=0.5)
+        with pytest.raises(InputError, match="another process writes to .*metrics.jsonl"):
+            Journal(path, main=True, total=1)
+        Journal(path, main=False, total=1)  # another rank
+        assert len(journal.read(path)) == 1
+    Journal(path, main=True, total=1).close()
 
 
 def write_with_room_for(size: int, folder: Path) -> None:
