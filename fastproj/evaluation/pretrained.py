@@ -5,18 +5,20 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing
 from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.models.finite import require_finite
 from fastproj.models.projector import Projector, build_projector
 from fastproj.runs import checkpoint
 
+M = TypeVar("M", bound=nn.Module)
 EXPORT = ".safetensors"  # how an export's name ends
 ABOUT = ("encoder", "stem", "mean", "std", "step", "epoch")  # its metadata
 
@@ -41,10 +43,11 @@ class Pretrained:
     projector: Mapping[str, Tensor] | None = None
 
     def build(self) -> Encoder:
-        """The encoder with these weights, on the CPU."""
-        encoder = build_encoder(self.encoder, self.stem)
-        encoder.load_state_dict(self.weights)
-        return encoder
+        """The encoder with these weights, on the CPU.
+
+        Raises ``InputError`` where weights are missing, too many, of another shape or not finite.
+        """
+        return _filled(build_encoder(self.encoder, self.stem), self.weights, "encoder")
 
     def build_projector(self) -> Projector | None:
         """The projector with its weights, on the CPU; None where the file has none."""
@@ -58,8 +61,20 @@ class Pretrained:
         projector = build_projector(
             told.pop("kind"), build_encoder(self.encoder, self.stem).num_features, **told
         )
-        projector.load_state_dict(self.projector)
-        return projector
+        return _filled(projector, self.projector, "projector")
+
+
+def _filled(module: M, weights: Mapping[str, Tensor], what: str) -> M:
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rpartition(f"{type(module).__name__}: ")[2]
+        raise InputError(
+            f"the checkpoint's weights are not those of its {what} ({reason[:200]}): give one that "
+            "fastproj.train wrote"
+        ) from error
+    require_finite(module.state_dict(), f"the checkpoint's {what}")
+    return module
 
 
 def is_export(path: Path) -> bool:
@@ -94,23 +109,29 @@ def load_pretrained(path: str | Path) -> Pretrained:
 
 def of_checkpoint(state: Mapping[str, Any]) -> Pretrained:
     """The encoder and the projector of what ``fastproj.train`` saves."""
-    made = state["settings"]
-    return Pretrained(
-        encoder=made["model.encoder"],
-        stem=made["model.stem"],
-        weights=state["encoder"],
-        settings=made,
-        projector=state["projector"],
-        **{name: state[name] for name in ("mean", "std", "step", "epoch")},
-    )
+    try:
+        made = state["settings"]
+        return Pretrained(
+            encoder=made["model.encoder"],
+            stem=made["model.stem"],
+            weights=state["encoder"],
+            settings=made,
+            projector=state["projector"],
+            **{name: state[name] for name in ("mean", "std", "step", "epoch")},
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"the checkpoint lacks what training saves ({error}): give one that fastproj.train wrote"
+        ) from None
 
 
 def save_pretrained(pretrained: Pretrained, path: Path) -> None:
     """Write an export: the weights under torchvision's names, all else as metadata.
 
     The metadata has a SHA-256 of it all as well: safetensors itself has no checksum. Raises
-    ``InputError`` where the file cannot be written.
+    ``InputError`` where the file cannot be written, and as ``Pretrained.build`` does.
     """
+    pretrained.build()  # what is missing or not finite is not exported
     weights = {name: tensor.contiguous() for name, tensor in pretrained.weights.items()}
     about = {name: str(getattr(pretrained, name)) for name in ABOUT}
     with replacing(path) as file:

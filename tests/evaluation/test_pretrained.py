@@ -1,0 +1,58 @@
+"""An encoder on the disk: what is missing or no number is named, and never exported."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastproj.core.errors import InputError
+from fastproj.evaluation.pretrained import (
+    Pretrained,
+    load_pretrained,
+    of_checkpoint,
+    save_pretrained,
+)
+from fastproj.models.encoders import build_encoder
+
+
+@pytest.fixture
+def pretrained() -> Pretrained:
+    weights = build_encoder("resnet_small", "cifar").state_dict()
+    return Pretrained("resnet_small", "cifar", (0.5,) * 3, (0.2,) * 3, 3, 1, weights)
+
+
+def test_a_whole_encoder_is_exported_and_read(pretrained: Pretrained, tmp_path: Path) -> None:
+    save_pretrained(pretrained, tmp_path / "e.safetensors")
+    read = load_pretrained(tmp_path / "e.safetensors").build().state_dict()
+    assert all(torch.equal(x, read[name]) for name, x in pretrained.weights.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "too many", "shape", "nan", "text"])
+def test_what_is_no_encoder_is_not_exported(
+    pretrained: Pretrained, tmp_path: Path, damage: str
+) -> None:
+    weights = dict(pretrained.weights)
+    name = next(iter(weights))
+    words = "the checkpoint's weights are not those of its encoder"
+    if damage == "missing":
+        weights.pop(name)
+    elif damage == "too many":
+        weights["more"] = torch.zeros(1)
+    elif damage == "shape":
+        weights[name] = torch.zeros(2)
+    elif damage == "nan":
+        weights[name] = weights[name].clone().fill_(torch.nan)
+        words = f"the checkpoint's encoder: {name} holds NaN or infinity"
+    else:
+        weights[name] = "x"  # type: ignore[assignment]
+    with pytest.raises(InputError, match=words) as refused:
+        save_pretrained(replace(pretrained, weights=weights), tmp_path / "e.safetensors")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [{"settings": {}}, {"settings": "x"}, {"settings": None}])
+def test_a_foreign_checkpoint_is_one_line(state: dict) -> None:
+    with pytest.raises(InputError, match="the checkpoint lacks what training saves"):
+        of_checkpoint({"encoder": {}, **state})
