@@ -1,6 +1,8 @@
 """Encode one image as a beton stores it. Worker processes run this, so no FFCV and no torch."""
 
 import io
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,6 +55,8 @@ def upright_rgb(item: str | np.ndarray) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
+    if not stat.S_ISREG(os.stat(item).st_mode):  # reading a pipe would wait for ever
+        raise ValueError("a pipe, socket or device, not a file")
     with Image.open(item) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)

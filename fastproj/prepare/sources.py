@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,13 +218,32 @@ _CLASSES: dict[str, Callable[[Path], tuple[str, ...]]] = {
 }
 
 
+def _identity(folder: str | Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _walk(folder: Path, seen: dict[tuple[int, int], str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of all folders below, links followed; ``seen``: identity -> path.
+
+    Raises InputError for a folder that was seen before: a link back would repeat its images, with
+    labels of another class.
+    """
+    for place, _, files in os.walk(folder, onerror=_fail, followlinks=True):
+        before = seen.setdefault(_identity(place), place)
+        if before != place:
+            raise InputError(f"{place} is a link to {before}, which is read already: remove it")
+        yield place, files
+
+
 def _image_folder(root: Path, split: str, folder: Path, classes: tuple[str, ...]) -> Source:
     """Every image below ``folder/<class>``, in the order of torchvision's ``ImageFolder``."""
     images: list[str] = []
     labels: list[int] = []
+    seen = {_identity(place): str(place) for place in (folder, *folder.absolute().parents)}
     for label, name in enumerate(classes):
         before = len(images)
-        for place, _, files in sorted(os.walk(folder / name, onerror=_fail, followlinks=True)):
+        for place, files in sorted(_walk(folder / name, seen)):
             paths = (os.path.join(place, file) for file in sorted(files))
             images.extend(path for path in paths if path.lower().endswith(SUFFIXES))
         if len(images) == before:

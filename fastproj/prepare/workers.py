@@ -1,6 +1,7 @@
 """Worker processes whose death, however it comes, never leaves the parent waiting."""
 
 import multiprocessing
+import os
 import signal
 import threading
 import warnings
@@ -10,6 +11,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 
 
@@ -74,7 +76,12 @@ class Workers:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker's loop: it ends when its pipe does, that is when the parent ends."""
+    """A worker's loop: it ends when its pipe does, that is when the parent ends.
+
+    In the middle of a task too: the server that forked it ends with the parent, and it with that.
+    """
+    if ask_to_be_killed := die_with(os.getppid()):
+        ask_to_be_killed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks: ImageNet has hundreds
     try:

@@ -22,7 +22,7 @@ from fastproj.data.beton import open_beton
 from fastproj.data.manifest import read_manifest
 from fastproj.data.verify import verify
 from fastproj.prepare.command import main
-from fastproj.prepare.encode import Store, encode, resized, upright_rgb
+from fastproj.prepare.encode import Store, Unreadable, encode, encode_chunk, resized, upright_rgb
 from fastproj.prepare.sources import IMAGENET100, open_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,6 +291,27 @@ def test_folder_order_is_torchvisions(tmp_path):
     assert source.labels.tolist() == theirs.targets
     assert source.classes == tuple(theirs.classes) and source.split == "all"
     assert source.names[0] == os.path.join("a", "0.png")
+
+
+def test_links_are_followed_once(tmp_path):
+    """A link out of the tree is a folder; one back into it would repeat images under other labels."""
+    root = image_folder(tmp_path / "images")
+    elsewhere = image_folder(tmp_path / "elsewhere", ("more",))
+    (root / "ant" / "more").symlink_to(elsewhere / "more")
+    (source,) = open_sources("folder", root, "all", False)
+    assert len(source.images) == 15 and source.labels.tolist() == [0] * 10 + [1] * 5
+    link = root / "bee" / "again"
+    for target in (root, root / "bee", root / "ant", tmp_path, elsewhere / "more"):
+        link.symlink_to(target)
+        with pytest.raises(InputError, match="bee/again.* is a link to .*, which is read already"):
+            open_sources("folder", root, "all", False)
+        link.unlink()
+
+
+def test_a_pipe_among_the_images_is_unreadable_and_waited_for_by_nobody(tmp_path):
+    os.mkfifo(tmp_path / "9.png")
+    (found,), _ = encode_chunk([str(tmp_path / "9.png")], [0], Store("raw"))
+    assert found == Unreadable("a pipe, socket or device, not a file")
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])

@@ -4,9 +4,12 @@ import gc
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import pytest
@@ -57,6 +60,35 @@ def test_results_and_errors_come_back_in_their_futures(workers: Workers) -> None
 def test_a_killed_worker_is_an_input_error(workers: Workers, death) -> None:
     with pytest.raises(InputError, match="a worker process was killed"):
         workers.submit(death).result(timeout=60)
+
+
+KILLED = """
+import os, time
+from fastproj.prepare.workers import Workers
+from tests.prepare.test_workers import own_pid
+if __name__ == "__main__":
+    workers = Workers(1)
+    print(workers.submit(own_pid).result(), flush=True)
+    workers.submit(time.sleep, 60)
+    time.sleep(0.5)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_at_work_ends_with_its_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(done.stdout)):
+        assert time.monotonic() < deadline, "the worker lives"
+        time.sleep(0.02)
 
 
 def test_closing_ends_workers_at_work() -> None:
