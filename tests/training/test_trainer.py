@@ -528,3 +528,24 @@ def test_crops_and_stem_that_do_not_fit_are_told_with_what_would(
         assert said and said.endswith(wanted) and f"images of {side} pixels" in said
         proposed = wanted.split()
         assert misfit(width, height, int(proposed[1]), proposed[3]) is None
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing(beton: Beton) -> None:
+    """As in float16 on a GPU, where a scaled gradient overflowed."""
+    trainer = small_trainer(
+        beton, "byol", penalties={"sparsehead": (0.1, 0.1)}, proximal=True, batch_size=16
+    )
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = trainer.learner.probe.weight
+    batches = trainer.epoch()
+    hook = weight.register_hook(lambda gradient: gradient.fill_(torch.inf))
+    before = {name: x.clone() for name, x in trainer.learner.named_parameters()}
+    trainer.train_step(next(batches))
+    assert trainer.step == 1 and trainer.scaler.get_scale() == 4.0
+    for name, x in trainer.learner.named_parameters():
+        assert torch.equal(x, before[name]), name
+    hook.remove()
+    trainer.train_step(next(batches))
+    after = dict(trainer.learner.named_parameters())
+    moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])}
+    assert moved >= {"encoder", "projector", "teacher", "probe"}
