@@ -1,9 +1,13 @@
 """Errors that a user can fix: a command prints one line and exits with a code, no traceback."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+# How torch's RuntimeErrors say it, of a GPU (torch.OutOfMemoryError) and of the host.
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -24,16 +28,24 @@ def run_command(
     """Run ``main(argv)`` and end the process with its exit code.
 
     ``InputError`` becomes one line on stderr and exit code 1 (``SettingError``: 2); so does
-    ``OSError`` (missing file, no permission, full disk). ``--debug`` anywhere on the command line
+    ``OSError`` (missing file, no permission, full disk) and memory that is used up, of the host or
+    of a GPU. ``--debug`` anywhere on the command line
     also shows the traceback. Any other exception is a bug and is raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = main(argv) or 0
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, MemoryError | RuntimeError):
+            if not isinstance(error, MemoryError) and not NO_MEMORY.search(message):
+                raise
+            message = (
+                f"out of memory ({message[:200]}): lower --optim.batch_size or --eval.batch_size, "
+                "raise --optim.accumulate, or take smaller crops or another encoder"
+            )
         if "--debug" in argv:
             traceback.print_exc()
-        message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:

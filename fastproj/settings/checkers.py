@@ -14,6 +14,8 @@ from fastproj.core.table import Table, resolve
 Value = str | int | float | bool | tuple[float, ...] | tuple[str, ...] | None
 """What a setting may hold: plain and immutable, so that JSON and checkpoints take it as it is."""
 
+LARGEST, LARGEST_WHOLE = 1e30, 2**53
+
 
 class _Scalar(Checker):
     """A checker of one piece of text; a list or null is refused. Refusals are ``ValueError``."""
@@ -43,7 +45,10 @@ class Bool(_Scalar):
 
 @dataclass(frozen=True)
 class Float(_Scalar):
-    """A finite number with low <= x <= high and x > above; ``1e-4`` needs no dot."""
+    """A number with low <= x <= high and x > above; ``1e-4`` needs no dot.
+
+    Not beyond ``LARGEST``, whose products with others float32 holds, or int64 for a whole number.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -56,7 +61,8 @@ class Float(_Scalar):
         return "a number" + self._range()
 
     def _bounded(self, value: Any) -> Any:
-        if not (abs(value) < math.inf and self.low <= value <= self.high and value > self.above):
+        largest = LARGEST if isinstance(value, float) else LARGEST_WHOLE
+        if not (abs(value) <= largest and self.low <= value <= self.high and value > self.above):
             raise ValueError
         return value
 
@@ -79,7 +85,7 @@ class Int(Float):
             number = self._bounded(float(text))
             if number != int(number):
                 raise
-            return int(number)
+            return self._bounded(int(number))
 
     def help(self) -> str:
         return "a whole number" + self._range()

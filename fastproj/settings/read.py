@@ -20,6 +20,7 @@ from fastproj.settings.schema import Given, S, Schema, as_yaml
 BASE = "base"  # two keys of a file that are no settings: the recipe to read before it,
 PLUGINS = "plugins"  # and what to import before anything is chosen
 ARGV = "command line"
+LONGEST = 200_000  # characters of a file, which PyYAML reads in 2 s; ours have at most 8,000
 DEPTH = 4  # dots in arms.NAME.settings.section.name, the longest name in a block
 
 
@@ -194,7 +195,10 @@ def _read_file(path: str, schema: Schema, asked: str) -> Iterator[Given]:
     """What one YAML file gives. Nodes, not objects: they keep lines, duplicates and text."""
     try:
         with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, yaml.SafeLoader)
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise InputError(f"{path} is longer than {LONGEST:,} characters, so no recipe; {asked}")
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; {asked}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

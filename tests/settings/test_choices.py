@@ -168,3 +168,20 @@ def test_deep_yaml_and_a_long_chain_end_in_one_line_or_none(tmp_path: Path) -> N
         yaml(tmp_path, f"r{n}", f"base: r{n + 1}.yaml\n")
     yaml(tmp_path, "r1500", "optim: {lr: 7}\n")
     assert read(*TRAIN, "--cfg", str(tmp_path / "r0.yaml")).optim.lr == 7
+
+
+def test_a_file_too_long_for_a_recipe_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    keys = "".join(f"key{n}: {{a: 1}}\n" for n in range(100_000))
+    with pytest.raises(InputError, match="long.yaml is longer than 200,000 characters"):
+        read(*TRAIN, "--cfg", yaml(tmp_path, "long", keys))
+    with pytest.raises(InputError, match="/dev/zero is longer"):
+        read(*TRAIN, "--cfg", "/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--optim.lr=1e300", "--optim.lr=1e31", "--optim.batch_size=1e25", f"--optim.epochs={10**30}"],
+)
+def test_a_number_that_the_arithmetic_cannot_hold_is_refused(argument: str) -> None:
+    with pytest.raises(SettingError, match="must be a"):
+        read(*TRAIN, argument)
