@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tv
 
+from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
+
+PATIENCE = 300.0  # seconds for a batch: where /dev/shm is full, none ever comes
 
 Key = tuple[int, list[np.ndarray]]
 Sample = tuple[list[Tensor], int, int]
@@ -41,15 +44,27 @@ class ReferenceLoader(Loader):
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            timeout=PATIENCE,
             # By default it draws from torch's global generator, and a resumed run would differ.
             generator=torch.Generator(),
         )
-        for crops, labels, index in loader:
-            yield Batch(
-                tuple(crop.to(self.device, memory_format=torch.channels_last) for crop in crops),
-                labels.to(self.device),
-                index.to(self.device),
-            )
+        try:
+            for crops, labels, index in loader:
+                yield Batch(
+                    tuple(
+                        crop.to(self.device, memory_format=torch.channels_last) for crop in crops
+                    ),
+                    labels.to(self.device),
+                    index.to(self.device),
+                )
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise InputError(
+                f"a worker process gave no batch ({str(error).partition(chr(10))[0]}): it was "
+                "killed, or shared memory is full: make /dev/shm larger (docker run --shm-size), "
+                "give fewer --data.workers, or take --data.engine stream"
+            ) from error
 
 
 class _Crops(Dataset[Sample]):

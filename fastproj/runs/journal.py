@@ -148,7 +148,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             event = None
         if not _is_event(event):
-            raise InputError(f"{path}, line {number} is no JSON object that a run writes: delete it")
+            raise InputError(f"{path}, line {number} is no JSON object of a run: delete that line")
         if event["event"] == "start":
             events = [old for old in events if old.get("step", 0) <= event["step"]]
         events.append(event)

@@ -313,3 +313,11 @@ def test_the_seed_and_the_device_are_the_callers():
             assert parameter.kind is parameter.KEYWORD_ONLY
             given = parameter.name in ("mean", "std", "precision", "seed", "device")
             assert given != (f"eval.{name}_{parameter.name}" in RUN.params)
+
+
+def test_a_probe_that_diverges_says_so_and_scores_nothing(blobs) -> None:
+    train, val = (Features(part.features[:200], part.labels[:200]) for part in blobs)
+    rates = {"learning_rates": (1e20, 1e25), "weight_decays": (1e20,), "epochs": 5}
+    for some in (rates, {**rates, "learning_rates": (1e25,)}):
+        with pytest.raises(InputError, match="no score of the probe is finite, so it diverged"):
+            linear_probe(train, val, **some)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from fastproj.core.errors import InputError
 from fastproj.core.machine import cores
 from fastproj.data.beton import Beton, open_beton
 from fastproj.data.layout import DESCRIPTOR, row_type
-from fastproj.loaders import Batch, Center, Crop, open_loader, resident, stream
+from fastproj.loaders import Batch, Center, Crop, open_loader, reference, resident, stream
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.choose import _choose
 from fastproj.loaders.crop import crop_batch
@@ -421,6 +422,18 @@ def test_a_cut_file_read_by_others_ends_with_a_line(small: Beton, tmp_path: Path
     assert done.stderr == (
         "error: a file that is mapped into memory was cut, its disk failed, or /dev/shm is full\n"
     )
+
+
+def test_reference_does_not_wait_for_ever(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /dev/shm is full no batch comes; here a worker is only slow."""
+    monkeypatch.setattr(reference, "PATIENCE", 1)
+    monkeypatch.setattr(reference, "read_image", lambda *_: time.sleep(30))
+    with (
+        pytest.raises(InputError, match="gave no batch .*timed out.* /dev/shm larger"),
+        open_loader(small, GROUPS, 8, engine="reference", workers=1) as loader,
+    ):
+        next(iter(loader))
+    assert not multiprocessing.active_children()
 
 
 def test_workers_are_clamped_to_the_cores_allowed(small: Beton) -> None:

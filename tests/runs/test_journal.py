@@ -183,7 +183,7 @@ NOT_OURS = [
 def test_a_line_that_no_run_writes_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(WHOLE)}\n{line}\n")
-    with pytest.raises(InputError, match="metrics.jsonl, line 2 is no JSON object that a run"):
+    with pytest.raises(InputError, match="metrics.jsonl, line 2 is no JSON object of a run"):
         journal.read(path)
     path.write_text(f"{json.dumps(WHOLE)}\n")
     assert journal.read(path) == [WHOLE]

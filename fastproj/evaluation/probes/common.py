@@ -75,7 +75,12 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """``top1`` and ``top5`` of ``scores`` (N, C)."""
+    """``top1`` and ``top5`` of ``scores`` (N, C). Raises ``InputError`` where none is finite."""
+    if not scores.isfinite().any():
+        raise InputError(
+            "no score of the probe is finite, so it diverged: give it lower learning rates, or "
+            "another probe (--eval.probes)"
+        )
     rank = ranks(scores, labels).masked_fill(~_possible(scores, labels), scores.shape[-1] + 5)
     return {f"top{n}": (rank < n).double().mean().item() for n in (1, 5)}
 
