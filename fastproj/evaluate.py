@@ -209,7 +209,8 @@ def main(argv: Sequence[str]) -> None:
     )
     out = results_folder(run, settings)
     try:
-        evaluation, predictions = evaluate(run, settings)
+        with dist.losing_ranks():
+            evaluation, predictions = evaluate(run, settings)
         if not dist.is_main():
             return
     finally:

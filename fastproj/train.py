@@ -177,11 +177,9 @@ def _fitting(path: Path) -> Iterator[None]:
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    for name in now | before:
+    for name in dict.fromkeys([*now, *before]):
         if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
-            made, here = (
-                f"{x[name]}" if name in x else "not read" for x in (before, now)
-            )
+            made, here = (f"{x[name]}" if name in x else "not read" for x in (before, now))
             raise InputError(
                 f"{path} was made with {name} = {made}, now it is {here}: resume "
                 "without this setting, or start another run with --run.name"

@@ -230,8 +230,8 @@ def losing_ranks() -> Iterator[None]:
             raise
         reason = re.sub(r"^\[.*?\]\s*", "", str(error).partition("\n")[0])
         raise InputError(
-            f"rank {rank()} lost another rank, or waited too long for it ({reason}): that rank's own "
-            "last line says why"
+            f"rank {rank()} lost another rank, or waited too long for it ({reason}): the last line "
+            "of that rank says why"
         ) from error
 
 

@@ -105,8 +105,10 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sha256": (_digest, "64 hexadecimal digits"),
     "content": (_digest, "64 hexadecimal digits"),
     "skipped": (
-        lambda x: isinstance(x, list)
-        and all(isinstance(y, dict) and all(map(_text, y.values())) for y in x),
+        lambda x: (
+            isinstance(x, list)
+            and all(isinstance(y, dict) and all(map(_text, y.values())) for y in x)
+        ),
         "a list of sources and reasons",
     ),
 }

@@ -30,7 +30,7 @@ class Damage:
 
 
 class FirstRead:
-    """Compares each sample with the manifest's hash when it is first read, and the file every epoch.
+    """Compares each sample with the manifest's hash when it is first read; the file every epoch.
 
     It reads with pread: a read of the memory map would end the process where the file was cut.
     Cost: processor time of ``stream`` per image in the first epoch and later, medians of 8 turns on

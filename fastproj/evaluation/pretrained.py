@@ -121,7 +121,8 @@ def of_checkpoint(state: Mapping[str, Any]) -> Pretrained:
         )
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"the checkpoint lacks what training saves ({error}): give one that fastproj.train wrote"
+            f"the checkpoint lacks what training saves ({error}): give one that fastproj.train "
+            "wrote"
         ) from None
 
 

@@ -15,8 +15,8 @@ cropped to 224 px, their centers, small crops to 96 px, and 160 px squares cropp
 0.17/255 on average for each, at most 1/255 inside and 7/255 at edges. For the tests' pictures
 shrunk to 16 px: 0.25/255 on average, at most 22/255. Not measured on a GPU.
 
-DALI decodes what is left of a damaged JPEG and only prints a line on stderr: each sample's hash, which
-is compared when it is first read, names it.
+DALI decodes what is left of a damaged JPEG and only prints a line on stderr. Each sample's hash,
+which is compared when it is first read, names it.
 
 Speed: on a CPU ``stream`` is four times as fast (images/s, measured in alternation with it: two
 crops to 224 px of ImageNet photographs of at most 400 px, JPEG, 4 cores, batches of 64;

@@ -88,7 +88,7 @@ class Fill:
         )  # fmt: skip
 
     def run(self, first_read: FirstRead | None = None, share: np.ndarray | None = None) -> None:
-        """Fill until no sample is left; ``first_read`` first checks this thread's ``share`` of them.
+        """Fill until no sample is left, after ``first_read`` has checked this thread's ``share``.
 
         Raises InputError for a sample that is damaged or cannot be decoded.
         """

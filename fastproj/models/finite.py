@@ -8,7 +8,7 @@ from fastproj.core.errors import InputError
 
 
 def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises ``InputError`` that begins with ``where`` for the first tensor with NaN or infinity."""
+    """Raises ``InputError``, which begins with ``where``, for a tensor with NaN or infinity."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(

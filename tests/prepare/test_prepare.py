@@ -294,7 +294,7 @@ def test_folder_order_is_torchvisions(tmp_path):
 
 
 def test_links_are_followed_once(tmp_path):
-    """A link out of the tree is a folder; one back into it would repeat images under other labels."""
+    """A link out of the tree is a folder; one into it would repeat images under other labels."""
     root = image_folder(tmp_path / "images")
     elsewhere = image_folder(tmp_path / "elsewhere", ("more",))
     (root / "ant" / "more").symlink_to(elsewhere / "more")

@@ -65,10 +65,9 @@ def test_a_killed_worker_is_an_input_error(workers: Workers, death) -> None:
 KILLED = """
 import os, time
 from fastproj.prepare.workers import Workers
-from tests.prepare.test_workers import own_pid
 if __name__ == "__main__":
     workers = Workers(1)
-    print(workers.submit(own_pid).result(), flush=True)
+    print(workers.submit(os.getpid).result(), flush=True)
     workers.submit(time.sleep, 60)
     time.sleep(0.5)
     os.kill(os.getpid(), 9)
