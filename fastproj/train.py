@@ -77,7 +77,7 @@ def train(settings: Settings) -> Path:
             if found:
                 _load(trainer, found, settings)
             journal = _open_journal(run, found, trainer, settings)
-        with trainer.loader, Interruption() as interruption, journal:
+        with trainer.loader, Interruption() as interruption, journal, dist.losing_ranks():
             _loop(trainer, online, journal, run.checkpoints, interruption, settings)
     finally:
         dist.stop()

@@ -222,15 +222,15 @@ def together() -> Iterator[None]:
 @contextmanager
 def losing_ranks() -> Iterator[None]:
     """Turn a collective's failure, because another rank died or hangs, into an ``InputError``."""
+    me, several = rank(), world_size() > 1  # before anyone leaves the group
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if world_size() == 1 or not lost:
+        if not several or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = re.sub(r"^\[.*?\]\s*", "", str(error).partition("\n")[0])
+        reason = re.sub(r"^\[.*?\]\s*", "", re.split(r"\. |\n", str(error))[0])
         raise InputError(
-            f"rank {rank()} lost another rank, or waited too long for it ({reason}): the last line "
+            f"rank {me} lost another rank, or waited too long for it ({reason}): the last line "
             "of that rank says why"
         ) from error
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -264,3 +265,38 @@ def test_a_second_sigterm_ends_a_rank_that_waits_for_another(beton: Beton, tmp_p
     assert end(one)[0] == 128 + signal.SIGTERM
     two.kill()
     two.communicate()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed(beton: Beton, tmp_path: Path) -> None:
+    """With ``run.resume auto`` the weights end as in a run that nothing disturbed."""
+
+    def torchrun(name: str) -> subprocess.Popen[str]:
+        own = options(beton, tmp_path, run__name=name, run__resume="auto", optim__epochs=40)
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             "--max-restarts=1", "-m", "fastproj.train", *own],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    whole = torchrun("whole")
+    assert whole.wait(300) == 0, whole.communicate()
+    broken = torchrun("broken")
+    wait_for_step(tmp_path / "broken", 7, broken)
+    (second,) = (
+        child
+        for child in psutil.Process(broken.pid).children()
+        if child.environ().get("RANK") == "1"
+    )
+    second.kill()
+    _, errors = broken.communicate(timeout=300)
+    assert broken.returncode == 0 and "Traceback" not in errors, errors
+    starts = [
+        e for e in journal.read(tmp_path / "broken" / "metrics.jsonl") if e["event"] == "start"
+    ]
+    assert len(starts) == 2 and starts[1]["step"] > 0
+    a, b = (checkpoint.latest(tmp_path / name / "checkpoints") for name in ("whole", "broken"))
+    assert a and b and a.name == b.name == "step-00000160.pt"
+    for name, tensor in checkpoint.load(a)["encoder"].items():
+        assert torch.equal(tensor, checkpoint.load(b)["encoder"][name]), name

@@ -115,9 +115,15 @@ def test_ranks_exchange_compare_and_fail_together(seen):
         assert s["failed"] == failed
 
 
-def test_only_a_lost_rank_is_called_one():
+def test_only_a_lost_rank_is_called_one(monkeypatch):
     with pytest.raises(RuntimeError, match="gloo"), dist.losing_ranks():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed")  # alone: a bug
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="^a bug$"), dist.losing_ranks():
+        raise RuntimeError("a bug")
+    words = r"^rank 0 lost another rank, or .* \(Read error \[::1\]:7: reset\): the last line of that "
+    with pytest.raises(InputError, match=words), dist.losing_ranks():
+        raise RuntimeError("[/a/gloo/tcp/pair.cc:1] Read error [::1]:7: reset. More words.\nMore")
 
 
 def test_alone_nothing_is_initialized():
