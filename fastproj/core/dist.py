@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from fastproj.core.errors import InputError
 
@@ -56,8 +57,19 @@ def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
         torch.cuda.set_device(local)
     try:
         if not dist.is_initialized():
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            if local_world_size == world_size:
+                # torchrun keeps its store when it restarts the ranks, with the dead ones' addresses
+                # in it. Over several machines each torchrun counts its own restarts: set
+                # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, for a new store each time.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
+            store.set_timeout(timedelta(seconds=timeout))
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
                 timeout=timedelta(seconds=timeout),
                 device_id=torch.device("cuda", local) if on_cuda else None,
             )
