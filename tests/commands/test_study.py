@@ -24,6 +24,7 @@ from fastproj.studies import running
 from fastproj.studies.running import Log
 from fastproj.study import build_plan, main
 from tests.support.betons import digit_like, write
+from tests.support.studies import contents
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "rcfg" / "study").glob("*.yaml"))
@@ -95,19 +96,6 @@ def unkilled(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(root: Path, runs: Path, *more: str) -> None:
     main(["--cfg", f"{root}/study.yaml", "--study.dir", str(runs), *more])
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """The tables of a study, without its times and the commit, which may change meanwhile."""
-    lines = (folder / "table.md").read_text().splitlines()
-    report = json.loads((folder / "study.json").read_text())
-    del report["hours"], report["environment"]["git"]
-    for run in report["runs"]:
-        del run["hours"], run["images_per_second"]
-    tables = {name: (folder / f"table.{name}").read_bytes() for name in ("csv", "tex")}
-    return tables | {"json": report, "md": [
-        line for line in lines if "hours of" not in line and "; commit " not in line
-    ]}  # fmt: skip
 
 
 def test_every_arm_and_seed_is_an_ordinary_run_and_a_row(unkilled: Path) -> None:

@@ -1,13 +1,22 @@
-"""Run folders as train and evaluate leave them, with numbers of the test's choice."""
+"""Run folders as train and evaluate leave them, with numbers of the test's choice; forked runs."""
 
 import json
-from typing import Any
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from fastproj.__main__ import dispatch
+from fastproj.core.errors import run_command
 from fastproj.evaluation.results import Evaluation, Row, write_evaluation
 from fastproj.runs import checkpoint
+from fastproj.studies import running
 from fastproj.studies.plan import Job
 
 LABELS = np.arange(40) % 4  # of the val images
@@ -68,3 +77,73 @@ def fake_run(
         )  # fmt: skip
     header = {"file": "f", "sha256": "s", "step": changes.get("step", 8), "epoch": 1}
     write_evaluation(run, Evaluation(header, {}, tuple(rows)), kept)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The tables of a study, without its times and the commit, which may change meanwhile."""
+    lines = (folder / "table.md").read_text().splitlines()
+    report = json.loads((folder / "study.json").read_text())
+    del report["hours"], report["environment"]["git"]
+    for run in report["runs"]:
+        del run["hours"], run["images_per_second"]
+    tables = {name: (folder / f"table.{name}").read_bytes() for name in ("csv", "tex")}
+    return tables | {"json": report, "md": [
+        line for line in lines if "hours of" not in line and "; commit " not in line
+    ]}  # fmt: skip
+
+
+class Forked:
+    """A command as ``subprocess.Popen`` would run it, in a fork, which imports nothing again."""
+
+    def __init__(self, argv: Sequence[str], stdout: IO[bytes], env: Mapping[str, str],
+                 preexec_fn: Callable[[], None] | None, **rest: Any) -> None:  # fmt: skip
+        assert list(argv[1:3]) == ["-m", "fastproj"] and rest["start_new_session"]
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        if preexec_fn:
+            preexec_fn()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stdout.fileno(), 2)
+        os.environ.update(env)
+        code = 1
+        try:
+            run_command(dispatch, argv[3:])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
+if __name__ == "__main__":  # a study whose commands are forks of it
+    import fastproj.evaluate
+    import fastproj.study
+    import fastproj.train  # noqa: F401, imported once for all commands
+
+    running.Popen = Forked  # type: ignore[misc,assignment]
+    run_command(fastproj.study.main, sys.argv[1:])
