@@ -39,7 +39,10 @@ COMMANDS = {
     "bench": Command("fastproj.bench.__main__", "Measure the rate of each stage.", "BENCH"),
 }
 # What only an extra installs.
-EXTRAS = {"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"}
+EXTRAS = {
+    **{"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"},
+    **{"submitit": "slurm"},
+}
 
 
 def dispatch(argv: Sequence[str]) -> int | None:

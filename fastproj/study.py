@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     run_as_script("study")
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from fastproj.settings import RUN, STUDY, Settings, load
 from fastproj.settings.study import StudySettings, read_blocks
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
-from fastproj.studies.results import Score
-from fastproj.studies.running import Runner, locked
+from fastproj.studies.running import Executor, Runner, locked
+from fastproj.studies.scores import Score, read_score, same_protocol
 
 # What may differ between a run's config.yaml and the study. What data a run has seen is compared by
 # content: train does so where it resumes, and the scores of a set must be of one content.
@@ -129,22 +129,19 @@ def study(settings: StudySettings) -> dict[str, Any]:
     scores: dict[Job, Score] = {}
 
     def finished(job: Job) -> str:
-        scores[job] = results.read_score(job, plan.primary, val[job.dataset].label)
+        scores[job] = read_score(job, plan.primary, val[job.dataset].label)
         return f"{plan.primary} {scores[job].primary:.2f}"
 
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / "study.lock") as lock:
-        runner = Runner(
-            plan.folder, settings.study.processes, torch.cuda.device_count(), lock,
-            check_run, finished,
-        )  # fmt: skip
+        runner = _executor(settings, plan.folder, lock, finished)
         runner.run(plan.sweeps())
-        problems = results.same_protocol(scores)
+        problems = same_protocol(scores)
         choices, sweeps = results.choose(plan, scores)
         if not runner.signal:
             runner.run(plan.jobs(choices))
-            problems |= results.same_protocol(scores)
+            problems |= same_protocol(scores)
         # In the plan's order: with several runs at once, that in which they end is chance.
         order = [*plan.sweeps(), *plan.jobs(choices)]
         found = {**runner.problems, **problems}
@@ -159,6 +156,21 @@ def study(settings: StudySettings) -> dict[str, Any]:
         _write(plan.folder, report)
     _leave(runner.signal)
     return report
+
+
+def _executor(
+    settings: StudySettings, folder: Path, lock: int, finished: Callable[[Job], str]
+) -> Executor:
+    """What runs the jobs: processes of this machine, or a scheduler."""
+    study = settings.study
+    if study.executor == "processes":
+        return Runner(
+            folder, study.processes, torch.cuda.device_count(), lock, check_run, finished
+        )  # fmt: skip
+    from fastproj.studies.scheduler import Scheduler  # an extra installs what it imports
+
+    parameters = read_blocks(settings).submitit
+    return Scheduler(folder, study.processes, study.executor, parameters, check_run, finished)
 
 
 def _leave(number: int) -> None:
@@ -188,16 +200,17 @@ def _open_set(plan: Plan, dataset: str) -> Beton:
 def _write(folder: Path, report: dict[str, Any]) -> None:
     write_text(folder / "study.json", json.dumps(report, indent=1) + "\n")
     for name, form in (
-        ("csv", table.as_csv), ("md", table.as_markdown), ("tex", table.as_latex)
+        ("table.csv", table.as_csv), ("metrics.csv", table.metrics_csv),
+        ("table.md", table.as_markdown), ("table.tex", table.as_latex),
     ):  # fmt: skip
-        write_text(folder / f"table.{name}", form(report))
+        write_text(folder / name, form(report))
 
 
 def main(argv: Sequence[str]) -> None:
     settings = load(STUDY, argv, "python -m fastproj.study", "Compare arms over seeds and sets.")
     report = study(settings)
     folder = Path(settings.study.dir) / settings.study.name
-    print(f"written: {folder}/study.json, table.csv, table.md, table.tex")
+    print(f"written: {folder}/study.json, table.csv, table.md, table.tex, metrics.csv")
     if problems := report["problems"]:
         first = next(iter(problems.values()))
         raise InputError(f"{len(problems)} runs have no result, the first: {first}")

@@ -1,18 +1,19 @@
 """What the command study reads: the section ``study``, and the blocks that name sets and arms."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import yaml
 from fastargs.validation import Checker
 
 from fastproj.core.errors import SettingError
 from fastproj.core.table import nearest
-from fastproj.settings.checkers import Bool, File, Float, Int, OrNull, Text
+from fastproj.settings.checkers import Bool, Choice, File, Float, Int, OrNull, Text
 from fastproj.settings.choose import check
 from fastproj.settings.run import RUN
 from fastproj.settings.schema import Declared, Given, Loaded, Schema, setting
 
-BLOCKS = ("settings", "sets", "arms", "sweep")
+BLOCKS = ("settings", "sets", "arms", "sweep", "submitit")
 PARTS = ("recipe", "settings", "published", "acted", "sweep")  # of an arm
 # What a study gives each run itself.
 FIXED = ("run.name", "run.dir", "run.seed", "run.resume", "train.stop_after")
@@ -57,7 +58,17 @@ class Study:
         "add the baseline with other seeds (no-op), and noise alone for an arm that adds noise",
         True,
     )
-    processes: int = setting(Int(1), "runs at once; they share the cores, or take a GPU each", 1)
+    processes: int | None = setting(
+        OrNull(Int(1)),
+        "runs at once, fewer where memory is short; null: one per GPU, or one per core without a"
+        " GPU; on slurm any number",
+    )
+    executor: str = setting(
+        Choice("processes", "slurm", "local", "debug"),
+        "processes: on this machine; slurm: through submitit, with the block submitit's parameters;"
+        " local, debug: submitit's own, to try it",
+        "processes",
+    )
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,13 @@ class Block:
 
 
 class Blocks(NamedTuple):
-    """The blocks of a study file: of all runs, of each set, of each arm."""
+    """The blocks of a study file: of all runs, of each set, of each arm; submitit's parameters."""
 
     settings: dict[str, str]
     sweep: dict[str, tuple[str, ...]]
     sets: dict[str, Block]
     arms: dict[str, Block]
+    submitit: dict[str, Any]
 
 
 def read_blocks(settings: Loaded) -> Blocks:
@@ -97,13 +109,15 @@ def read_blocks(settings: Loaded) -> Blocks:
     Values stay text: the settings of each run are read from them as from a command line. Raises
     ``SettingError`` for a name that no setting has, and for a part that an arm does not have.
     """
-    found = Blocks({}, {}, {}, {})
+    found = Blocks({}, {}, {}, {}, {})
     for item in settings._blocks:
         block, _, rest = item.name.partition(".")
         if block == "settings":
             found.settings.update(_setting(rest, item))
         elif block == "sweep":
             found.sweep.update(_tries(rest, item))
+        elif block == "submitit":
+            found.submitit.update(_parameter(rest, item))
         else:
             name, _, rest = rest.partition(".")
             if not name or any(mark in name for mark in "/{}"):
@@ -139,6 +153,22 @@ def _read_part(one: Block, block: str, name: str, rest: str, item: Given) -> Non
     else:
         right = nearest(item.name, [f"arms.{name}.{known}" for known in PARTS])
         raise SettingError(f"{item.where}: unknown setting {item.name!r}; did you mean {right!r}?")
+
+
+def _parameter(name: str, item: Given) -> dict[str, Any]:
+    """One of submitit's parameters, as the YAML value that it is: submitit checks names and types.
+
+    Raises ``SettingError`` for a list in it and for a name inside a name.
+    """
+    if not name or "." in name or isinstance(item.text, list):
+        raise SettingError(
+            f"{item.where}: write submitit's parameters below submitit: timeout_min: 240"
+        )
+    try:
+        value = None if item.text is None else yaml.safe_load(item.text)
+    except yaml.YAMLError:
+        value = item.text
+    return {name: value}
 
 
 def _setting(name: str, item: Given) -> dict[str, str]:

@@ -50,8 +50,8 @@ class Arm:
     """One treatment. ``settings`` and ``sweep`` hold values as text, by ``section.name``.
 
     ``published``: points by the set's name, ``""`` for all. ``control``: ``no-op``, or the arm
-    whose noise alone this one has; a control stands in no family of tests. ``forced``: settings
-    that come after what a sweep chose.
+    whose noise alone this one has, and ``shared`` the other arms with the same noise; a control
+    stands in no family of tests. ``forced``: settings that come after what a sweep chose.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Arm:
     acted: Check | None = None
     sweep: Mapping[str, Sequence[str]] = field(default_factory=dict)
     control: str = ""
+    shared: tuple[str, ...] = ()
     forced: Mapping[str, str] = field(default_factory=dict)
 
     def published_on(self, dataset: str) -> float | None:
@@ -187,20 +188,29 @@ class Plan:
         ]
 
 
+NOISE_ALONE = {"superfluous.lambda_a": "0", "superfluous.lambda_b": "0"}
+
+
 def with_controls(arms: Sequence[Arm], baseline: str, noisy: Sequence[str]) -> tuple[Arm, ...]:
-    """``arms``, then the baseline with other seeds, then the noise alone of each in ``noisy``."""
+    """``arms``, then the baseline with other seeds, then the noise alone of each in ``noisy``.
+
+    Arms that differ in the penalty alone have one control in common.
+    """
     names = [arm.name for arm in arms]
     if baseline not in names:
         return tuple(arms)  # Plan says so
     added = [replace(arms[names.index(baseline)], name=NO_OP, control=NO_OP)]
-    for name in noisy:
-        arm = arms[names.index(name)]
-        alone = {"superfluous.lambda_a": "0", "superfluous.lambda_b": "0"}
+    alike: dict[str, list[Arm]] = {}
+    for arm in (arms[names.index(name)] for name in noisy):
+        rest = {**arm.settings, **NOISE_ALONE}
+        alike.setdefault(repr((arm.recipe, sorted(rest.items()), arm.sweep)), []).append(arm)
+    for first, *others in alike.values():
         added.append(
             replace(
-                arm, name=f"{name} noise only", control=name, published={}, acted=None, forced=alone
-            )  # fmt: skip
-        )
+                first, name=f"{first.name} noise only", control=first.name, published={},
+                acted=None, shared=tuple(arm.name for arm in others), forced=NOISE_ALONE,
+            )
+        )  # fmt: skip
     taken = {arm.name for arm in added} & set(names)
     if taken:
         raise InputError(f"the study adds the arm {taken.pop()!r} itself: give yours another name")

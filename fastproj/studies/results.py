@@ -1,138 +1,18 @@
 """From the run folders of a study to what they say together: a dict as JSON holds it."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastproj.core.errors import InputError
-from fastproj.evaluation.results import Row, read_evaluation
-from fastproj.runs import journal
 from fastproj.studies import statistics
 from fastproj.studies.plan import NO_OP, Arm, Check, Job, Plan
 from fastproj.studies.running import StudyError
+from fastproj.studies.scores import POINTS, Score
 
 SCHEMA = 1  # of study.json
-ENCODER = "pre-trained"  # the rows that count: not those of the baselines of one run
-POINTS = 100.0  # per unit of accuracy
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one run gave.
-
-    ``metrics``: ``PROBE.METRIC`` -> value. ``primary``: the study's, in points if it is a fraction.
-    ``holdout``: the primary probe's accuracy on its holdout of train, points; None where it has
-    none. ``correct``: whether the primary probe is right on each val image, bool (N,).
-    ``protocol``: everything that must be the same in all runs of a set. ``rate``: images/s.
-    """
-
-    metrics: dict[str, float]
-    primary: float
-    holdout: float | None
-    correct: NDArray[np.bool_] | None
-    diagnostics: dict[str, float]
-    protocol: dict[str, Any]
-    hours: float
-    rate: float
-    environment: dict[str, Any]
-
-
-def read_score(job: Job, primary: str, labels: NDArray[np.integer]) -> Score:
-    """Read a whole run. ``labels``: of the val images, int (N,).
-
-    Raises ``StudyError`` where no probe gives the metric ``primary``, and ``InputError`` where a
-    file is missing or damaged.
-    """
-    run = job.run
-    evaluation, events = read_evaluation(run), journal.read(run.metrics)
-    rows = {row.probe: row for row in evaluation.rows if row.encoder == ENCODER}
-    metrics = {f"{name}.{m}": v for name, row in rows.items() for m, v in row.metrics.items()}
-    if primary not in metrics:
-        raise StudyError(
-            f"study.primary is {primary!r}, which no probe gives in {run.evaluation}; choose one "
-            f"of {', '.join(metrics)}"
-        )
-    probe, _, metric = primary.partition(".")
-    row = rows[probe]
-    held = row.protocol["probe"].get("chosen", {}).get("holdout_top1")
-    epochs = [event for event in events if event["event"] == "epoch"]
-    busy = sum(sum(event["seconds"].values()) for event in epochs)
-    busy += sum(row.seconds["probe"] for row in rows.values()) + row.seconds["features"]
-    try:
-        environment = json.loads(run.environment.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {run.environment}: {error}") from None
-    return Score(
-        metrics=metrics,
-        primary=POINTS * metrics[primary],
-        holdout=None if held is None else POINTS * held,
-        correct=_correct(job, row, labels) if metric == "top1" and row.predictions else None,
-        diagnostics=epochs[-1]["diagnostics"] if epochs else {},
-        protocol=_protocol(row),
-        hours=busy / 3600,
-        rate=events[-1].get("images_per_second", math.nan),
-        environment=environment,
-    )
-
-
-def _correct(job: Job, row: Row, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
-    assert row.predictions is not None
-    path = job.run.path / row.predictions
-    try:
-        predicted = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}; evaluate the run again") from None
-    if predicted.shape != labels.shape:
-        raise InputError(
-            f"{path} has {len(predicted)} predictions for {len(labels)} val images: evaluate the "
-            "run again"
-        )
-    return predicted == labels
-
-
-def _protocol(row: Row) -> dict[str, Any]:
-    """What was probed and how, without what differs from run to run: files, seeds, choices."""
-    data, features, probe = (row.protocol[part] for part in ("data", "features", "probe"))
-    return {
-        "train": data["train"]["content"],
-        "val": data["val"]["content"],
-        "crop": features["crop"],
-        "probe": {
-            name: value
-            for name, value in probe.items()
-            if name not in ("chosen", "seed", "order_seed")
-        },
-    }
-
-
-def same_protocol(scores: dict[Job, Score]) -> dict[str, str]:
-    """Take out of ``scores`` the runs that were probed otherwise than most of their set.
-
-    Returns one line per run taken out, by the job's name.
-    """
-    lines = {}
-    for dataset in dict.fromkeys(job.dataset for job in scores):
-        texts = {
-            job: json.dumps(score.protocol, sort_keys=True)
-            for job, score in scores.items()
-            if job.dataset == dataset
-        }
-        ((most, _),) = Counter(texts.values()).most_common(1)
-        for job, text in texts.items():
-            if text != most:
-                ours, others = scores.pop(job).protocol, json.loads(most)
-                parts = ", ".join(name for name in ours if ours[name] != others[name])
-                lines[job.name] = (
-                    f"{job.run.path} was scored otherwise than the other runs of {dataset} "
-                    f"({parts}): evaluate it again, or remove it"
-                )
-    return lines
 
 
 def choose(
@@ -243,11 +123,40 @@ def _row(plan: Plan, arm: Arm, dataset: str, by_arm: Mapping[str, Any]) -> dict[
         row["acted"] = acted(arm.acted, ours, theirs)
         row["diagnostic"] = {"arm": ours, "baseline": theirs}
     for control in plan.arms:  # what the treatment adds to its own noise
-        if control.control == arm.name and by_arm[control.name]:
+        if arm.name in (control.control, *control.shared) and by_arm[control.name]:
             beyond = _compare(mine, by_arm[control.name])
             beyond.pop("_gain", None)
             row["beyond_noise"] = beyond
     return row
+
+
+def every_metric(
+    plan: Plan, dataset: str, scores: Mapping[Job, Score]
+) -> list[dict[str, Any]]:
+    """One row per arm and metric of one set, in points: also those that do not decide.
+
+    Gains are paired by seed with the baseline; nothing corrects for how many there are.
+    """
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for job, score in scores.items():
+        if job.dataset == dataset and job.trial is None:
+            for name, value in score.metrics.items():
+                found.setdefault((job.arm, name), {})[job.pair] = POINTS * value
+    rows = []
+    for arm, name in sorted(found, key=lambda key: [a.name for a in plan.arms].index(key[0])):
+        mine, base = found[arm, name], found.get((plan.baseline, name), {})
+        row = {"set": dataset, "arm": arm, "metric": name, "n": len(mine),
+               "mean": float(np.mean([*mine.values()]))}  # fmt: skip
+        seeds = sorted(mine.keys() & base.keys())
+        if arm != plan.baseline and len(seeds) > 1:
+            gain = statistics.paired_gain([mine[s] for s in seeds], [base[s] for s in seeds])
+            for part in ("mean", "low", "high"):
+                value = float(getattr(gain, part))
+                row[f"gain_{part}"] = None if math.isnan(value) else value
+        if len(mine) > 1:
+            row["std"] = float(np.std([*mine.values()], ddof=1))
+        rows.append(row)
+    return rows
 
 
 def _compare(mine: Mapping[int, Score], base: Mapping[int, Score]) -> dict[str, Any]:
@@ -289,7 +198,8 @@ def _conclude(plan: Plan, arm: Arm, row: dict[str, Any]) -> str:
     p = row["p"] if arm.control else row.get("p_holm")
     text = statistics.conclusion(gain, math.nan if p is None else p, published)
     if arm.control:
-        kind = "the noise floor" if arm.control == NO_OP else f"the noise of {arm.control} alone"
+        of = ", ".join((arm.control, *arm.shared))
+        kind = "the noise floor" if arm.control == NO_OP else f"the noise of {of} alone"
         return f"{kind}: {text}"
     beyond = row.get("beyond_noise", {})
     if beyond.get("gain_low") is not None:
@@ -339,6 +249,7 @@ def report(
         "arms": [{**asdict(arm), "acted": str(arm.acted) if arm.acted else None}
                  for arm in plan.arms],
         "sets": sets,
+        "metrics": [row for name in plan.sets for row in every_metric(plan, name, scores)],
         "sweeps": [dict(sweep) for sweep in sweeps],
         "runs": runs,
         "problems": dict(problems),

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from subprocess import DEVNULL, Popen
 from types import FrameType
 from typing import IO, Any, Literal
 
+import psutil
 from tqdm import tqdm
 
 from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 from fastproj.core.files import writing
-from fastproj.core.machine import cores
+from fastproj.core.machine import cores, memory
 from fastproj.evaluation.results import read_evaluation
 from fastproj.runs import checkpoint, journal
 from fastproj.runs.folder import RunFolder
@@ -31,7 +32,9 @@ from fastproj.studies.plan import Job
 
 State = Literal["absent", "cut", "trained", "whole"]
 POLL = 0.1  # seconds between looks at the processes
-PATIENCE = 60  # seconds that runs of an earlier, killed start have to end
+PATIENCE = 60.0  # seconds that runs of an earlier, killed start have to end
+LOGS = "logs"  # folder of what the commands print
+LEAST = 2 << 30  # bytes: what a run is taken to need until the study has seen more
 
 
 class StudyError(InputError):
@@ -58,9 +61,37 @@ def state(run: RunFolder) -> State:
     return "whole"
 
 
+def command(job: Job, found: State) -> list[str]:
+    """The words after ``fastproj`` of the next command of a job whose run has come so far."""
+    if found == "absent":
+        return ["train", *job.argv()]
+    return [*(["train", "--run.resume"] if found == "cut" else ["evaluate"]), str(job.run.path)]
+
+
+def spawn(argv: Sequence[str], output: IO[bytes], environment: Mapping[str, str],
+          keep: Sequence[int] = ()) -> Popen:  # fmt: skip
+    """Start ``fastproj`` in a session of its own; it dies with this process.
+
+    ``keep``: descriptors that it inherits.
+    """
+    return Popen(
+        [sys.executable, "-m", "fastproj", *argv], stdin=DEVNULL, stdout=output, stderr=output,
+        env=environment, pass_fds=keep, preexec_fn=die_with(os.getpid()), start_new_session=True,
+    )  # fmt: skip
+
+
+def log_file(folder: Path, job: Job) -> Path:
+    """Where the commands of a job print, in the study's folder."""
+    return folder / LOGS / f"{job.name.replace('/', '-')}.log"
+
+
 @dataclass
 class Log:
-    """``study.jsonl``: one object per line, ``start`` and ``end`` of each command of each job."""
+    """``study.jsonl``: one object per line.
+
+    ``start`` and ``end`` of each command of each job on this machine, ``submit`` of each job that
+    went to a scheduler.
+    """
 
     path: Path
 
@@ -86,24 +117,29 @@ class Log:
         return found
 
     def together(self) -> set[str]:
-        """The jobs that shared the machine with another one at any time: their rates say little."""
-        starts = [event for event in self.events() if event["event"] == "start"]
-        return {
-            name for event in starts if event["beside"] for name in (event["job"], *event["beside"])
+        """The jobs that were not known to be alone on a machine: their rates say little.
+
+        Those that ran beside another one at any time, and those of a scheduler, whose machines may
+        do other work.
+        """
+        events = self.events()
+        starts = [event for event in events if event["event"] == "start" and event["beside"]]
+        return {name for event in starts for name in (event["job"], *event["beside"])} | {
+            event["job"] for event in events if event["event"] == "submit"
         }
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
+def locked(path: Path, patience: float | None = None) -> Iterator[int]:
     """Hold the lock file ``path``; its descriptor is for the children, who keep it while they live.
 
     So a second start waits until the runs of a killed one have ended. Raises ``InputError`` after
-    ``PATIENCE`` seconds.
+    ``patience`` seconds (``PATIENCE``).
     """
     with writing(path):
         file = open(path, "ab")  # noqa: SIM115
     with file:
-        end, told = time.monotonic() + PATIENCE, False
+        end, told = time.monotonic() + (PATIENCE if patience is None else patience), False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,60 +169,43 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
 
 
-class Runner:
-    """Brings jobs to their end, ``processes`` at once, and stops all of them when it is stopped.
+class Executor:
+    """Brings jobs to their end, and tells how far it is; ``run`` is a subclass's.
 
-    ``gpus``: how many there are; each of the jobs at once takes one, in turns. ``lock``: a
-    descriptor that the children inherit. ``check`` is called with each job whose folder is there,
-    ``finished`` with each that is whole, and returns a few words. An ``InputError`` of them is that
-    job's, a ``StudyError`` ends the study. ``problems``: one line per job that failed, by its name.
+    ``check`` is called with each job whose folder is there, ``finished`` with each that is whole,
+    and returns a few words. An ``InputError`` of them is that job's, a ``StudyError`` ends the
+    study. ``problems``: one line per job that failed, by its name. ``signal``: the number of the
+    signal that ended ``run``, or 0.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        processes: int,
-        gpus: int = 0,
-        lock: int | None = None,
-        check: Callable[[Job], None] = lambda job: None,
-        finished: Callable[[Job], str] = lambda job: "",
+        self, folder: Path, check: Callable[[Job], None], finished: Callable[[Job], str]
     ) -> None:
-        self.log = Log(folder / "study.jsonl")
+        self.folder, self.log = folder, Log(folder / "study.jsonl")
         self.problems: dict[str, str] = {}
         self.signal = 0
-        self._logs = folder / "logs"
-        with writing(self._logs):
-            self._logs.mkdir(parents=True, exist_ok=True)
-        self._processes, self._gpus, self._lock = processes, gpus, lock
         self._check, self._finished = check, finished
+        self._done = 0
+        self._bar = tqdm(disable=True)
+        with writing(folder):
+            (folder / LOGS).mkdir(parents=True, exist_ok=True)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is not whole; returns when nothing is left, or after a signal (``signal``)."""
-        waiting, running = list(jobs), list[_Running]()
+        """Run what is not whole; returns when nothing is left, or after a signal."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _listening(self, total: int) -> Iterator[None]:
+        """A bar of ``total`` jobs, and SIGTERM and Ctrl-C only set ``signal``."""
         self._done = 0
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        bar = tqdm(total=len(jobs), unit="run", file=sys.stderr, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, unit="run", file=sys.stderr, disable=not sys.stderr.isatty()
+        )
         try:
-            with bar:
-                while (waiting and not self.signal) or running:
-                    while waiting and not self.signal and len(running) < self._processes:
-                        self._begin(waiting.pop(0), running, bar)
-                    if running:
-                        time.sleep(POLL)
-                    for one in [one for one in running if one.process.poll() is not None]:
-                        running.remove(one)
-                        self._end(one, running, bar)
-                    if self.signal:
-                        _terminate(running)
-        except KeyboardInterrupt:
-            for one in running:
-                one.process.kill()
-            raise
+            with self._bar:
+                yield
         finally:
-            _terminate(running)
-            for one in running:
-                one.process.wait()
-                one.output.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -200,10 +219,8 @@ class Runner:
             file=sys.stderr,
         )
 
-    def _begin(
-        self, job: Job, running: list[_Running], bar: tqdm, before: State | None = None
-    ) -> None:
-        """Start the next command of the job, or count the job where none is left.
+    def _look(self, job: Job, before: State | None = None) -> State | None:
+        """How far the job is; None where it is whole or has failed, and is counted.
 
         ``before``: what the last command found, and was to change.
         """
@@ -217,16 +234,87 @@ class Runner:
         except StudyError:
             raise
         except InputError as error:
-            self._fail(job, str(error), bar)
+            self._fail(job, str(error))
+            return None
+        if found != "whole":
+            return found
+        self._count(f"{job.name}: {said}")
+        return None
+
+    def _fail(self, job: Job, reason: str) -> None:
+        self.problems[job.name] = f"{job.name}: {reason}"
+        self._count(f"failed: {self.problems[job.name]}")
+
+    def _count(self, line: str) -> None:
+        """One job more is done. tqdm counts nothing where there is no terminal."""
+        self._done += 1
+        self._bar.update()
+        now = time.strftime("%H:%M:%S")
+        tqdm.write(f"{now}  {self._done}/{self._bar.total}  {line}", file=sys.stderr)
+
+
+class Runner(Executor):
+    """Runs jobs as processes of this machine, and stops all of them when it is stopped.
+
+    ``processes``: at once at most; None is one per GPU, or one per core without a GPU. A run starts
+    beside others only where the memory has room for it: for as much as the largest run of the
+    study has taken, at least ``LEAST``. ``gpus``: how many there are; each of the jobs at once
+    takes one, in turns. ``lock``: a descriptor that the children inherit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int | None,
+        gpus: int = 0,
+        lock: int | None = None,
+        check: Callable[[Job], None] = lambda job: None,
+        finished: Callable[[Job], str] = lambda job: "",
+    ) -> None:
+        super().__init__(folder, check, finished)
+        self._processes, self._gpus = processes or gpus or cores(), gpus
+        self._keep = () if lock is None else (lock,)
+        self._largest = LEAST
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        waiting, running = list(jobs), list[_Running]()
+        with self._listening(len(jobs)):
+            try:
+                while (waiting and not self.signal) or running:
+                    while waiting and not self.signal and self._room(running):
+                        self._begin(waiting.pop(0), running)
+                    if running:
+                        time.sleep(POLL)
+                    for one in [one for one in running if one.process.poll() is not None]:
+                        running.remove(one)
+                        self._end(one, running)
+                    if self.signal:
+                        _terminate(running)
+            except KeyboardInterrupt:
+                for one in running:
+                    one.process.kill()
+                raise
+            finally:
+                _terminate(running)
+                for one in running:
+                    one.process.wait()
+                    one.output.close()
+
+    def _room(self, running: Sequence[_Running]) -> bool:
+        """Whether one more run has a process and memory; the first one always has."""
+        if not running:
+            return True
+        taken = [own_memory(one.process.pid) for one in running]
+        self._largest = max(self._largest, *taken)
+        growth = sum(self._largest - size for size in taken)
+        return len(running) < self._processes and memory()[1] - growth >= self._largest
+
+    def _begin(self, job: Job, running: list[_Running], before: State | None = None) -> None:
+        """Start the next command of the job, or count the job where none is left."""
+        found = self._look(job, before)
+        if found is None:
             return
-        if found == "whole":
-            self._count(f"{job.name}: {said}", bar)
-            return
-        argv = {
-            "absent": ["train", *job.argv()],
-            "cut": ["train", "--run.resume", str(job.run.path)],
-            "trained": ["evaluate", str(job.run.path)],
-        }[found]
+        argv = command(job, found)
         slot = min(set(range(self._processes)) - {one.slot for one in running})
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // self._processes)), **os.environ}
         if self._gpus:
@@ -235,17 +323,13 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % self._gpus]
         beside = sorted(one.job.name for one in running)
         self.log.event("start", job=job.name, command=argv[0], found=found, beside=beside)
-        path = self._logs / f"{job.name.replace('/', '-')}.log"
+        path = log_file(self.folder, job)
         with writing(path):
             output = open(path, "ab")  # noqa: SIM115
-        process = Popen(
-            [sys.executable, "-m", "fastproj", *argv], stdin=DEVNULL, stdout=output,
-            stderr=output, env=environment, pass_fds=() if self._lock is None else (self._lock,),
-            preexec_fn=die_with(os.getpid()), start_new_session=True,
-        )  # fmt: skip
+        process = spawn(argv, output, environment, self._keep)
         running.append(_Running(job, found, argv[0], process, output, slot))
 
-    def _end(self, one: _Running, running: list[_Running], bar: tqdm) -> None:
+    def _end(self, one: _Running, running: list[_Running]) -> None:
         one.output.close()
         code, seconds = one.process.returncode, time.monotonic() - one.began
         self.log.event("end", job=one.job.name, command=one.command, code=code, seconds=seconds)
@@ -253,20 +337,18 @@ class Runner:
             return
         if code:
             path = Path(one.output.name)
-            self._fail(one.job, f"{_reason(path, code)} ({path})", bar)
+            self._fail(one.job, f"{reason(path, code)} ({path})")
         else:
-            self._begin(one.job, running, bar, one.found)
+            self._begin(one.job, running, one.found)
 
-    def _fail(self, job: Job, reason: str, bar: tqdm) -> None:
-        self.problems[job.name] = f"{job.name}: {reason}"
-        self._count(f"failed: {self.problems[job.name]}", bar)
 
-    def _count(self, line: str, bar: tqdm) -> None:
-        """One job more is done. tqdm counts nothing where there is no terminal."""
-        self._done += 1
-        bar.update()
-        now = time.strftime("%H:%M:%S")
-        tqdm.write(f"{now}  {self._done}/{bar.total}  {line}", file=sys.stderr)
+def own_memory(pid: int) -> int:
+    """Bytes that a process holds for itself; 0 where it has ended."""
+    try:
+        info = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return info.rss - getattr(info, "shared", 0)
 
 
 def _terminate(running: Sequence[_Running]) -> None:
@@ -276,7 +358,7 @@ def _terminate(running: Sequence[_Running]) -> None:
             one.process.terminate()
 
 
-def _reason(path: Path, code: int) -> str:
+def reason(path: Path, code: int) -> str:
     """Why a command failed: its last line where that is an error, else its exit code as well."""
     last = (path.read_text(errors="replace").strip().splitlines() or [""])[-1]
     if last.startswith("error: "):

@@ -15,6 +15,9 @@ CSV_COLUMNS = (
     "gain_high", "p", "p_holm", "p_permutation", "p_mcnemar", "images_low", "images_high",
     "published", "seeds_needed", "acted", "conclusion",
 )  # fmt: skip
+METRIC_COLUMNS = (
+    "set", "arm", "metric", "n", "mean", "std", "gain_mean", "gain_low", "gain_high",
+)  # fmt: skip
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
@@ -115,12 +118,21 @@ def text(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """Every number of the rows, unrounded to four decimals; one line per set and arm."""
+    """Every number of the rows, to six digits; one line per set and arm."""
+    return _csv(CSV_COLUMNS, rows(report))
+
+
+def metrics_csv(report: Report) -> str:
+    """Every metric of every probe, depth and set; one line per set, arm and metric."""
+    return _csv(METRIC_COLUMNS, report["metrics"])
+
+
+def _csv(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in rows(report):
-        writer.writerow([_cell(row.get(name)) for name in CSV_COLUMNS])
+    writer.writerow(columns)
+    for line in lines:
+        writer.writerow([_cell(line.get(name)) for name in columns])
     return file.getvalue()
 
 

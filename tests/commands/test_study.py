@@ -20,6 +20,7 @@ from fastproj.objective import OBJECTIVES
 from fastproj.prepare.encode import Store
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import RUN, STUDY, load
+from fastproj.settings.study import read_blocks
 from fastproj.studies import running
 from fastproj.studies.running import Log
 from fastproj.study import build_plan, main
@@ -205,6 +206,9 @@ def test_plugins_of_the_study_are_every_runs(root: Path, tmp_path: Path) -> None
         (["--arms.discretized.acted", "much"], InputError, "acted must be"),
         (["--arms.discretized.sweep.optim.lr", "1,2"], InputError, "the same number of tries"),
         (["--study.baseline", "defualt"], InputError, "study.baseline is 'defualt'"),
+        (["--study.executor", "cluster"], SettingError, "study.executor must be"),
+        (["--study.processes", "0"], SettingError, "study.processes must be"),
+        (["--submitit.a.b", "1"], SettingError, "write submitit's parameters below submitit"),
         (["--study.dir", "/proc/nowhere"], InputError, "cannot write /proc/nowhere/tiny"),
     ],
 )  # fmt: skip
@@ -217,9 +221,36 @@ def test_bad_input_is_one_line_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_submitits_parameters_are_yaml_values(root: Path) -> None:
+    more = ["--submitit.timeout_min", "30", "--submitit.slurm_partition", "gpu",
+            "--submitit.slurm_use_srun", "false", "--submitit.name", "null"]  # fmt: skip
+    blocks = read_blocks(load(STUDY, ["--cfg", f"{root}/study.yaml", *more], "study", ""))
+    assert blocks.submitit == {
+        "timeout_min": 30, "slurm_partition": "gpu", "slurm_use_srun": False, "name": None
+    }  # fmt: skip
+
+
+def test_without_submitit_or_slurm_it_is_one_line_before_anything_runs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--cfg", f"{root}/study.yaml", "--study.dir", str(tmp_path), "--study.executor"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match='study.executor slurm: submitit says: .*"srun"'):
+        main([*argv, "slurm"])
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.delitem(sys.modules, "fastproj.studies.scheduler", raising=False)
+    with pytest.raises(InputError, match=r"fastproj study needs submitit: run ./setup.sh slurm"):
+        dispatch(["study", *argv, "local"])
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_is_a_plan_and_its_head_names_it(path: Path) -> None:
     plan = build_plan(load(STUDY, ["--cfg", str(path)], "study", ""))
+    for job in plan.sweeps() or plan.jobs({(arm.name, s): {} for arm in plan.arms for s in plan.sets}):
+        if job.pair in (plan.seeds[0], plan.sweep_seeds[0]):  # as each run will be built
+            settings = load(RUN, job.argv(), "python -m fastproj.train", "")
+            with torch.device("meta"):
+                build_modules(settings, 10)
     assert plan.folder == Path("runs") / path.stem
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"#   python -m fastproj.study --cfg rcfg/study/{path.name}" in [

@@ -76,6 +76,7 @@ def kill_when(argv: Sequence[str], reached: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 90 s of processor time
 def test_a_study_of_digits_killed_twice_gives_the_table_of_an_unkilled_one(
     argv: list[str], tmp_path: Path
 ) -> None:

@@ -90,6 +90,18 @@ def test_a_name_that_a_control_takes_is_refused() -> None:
         with_controls([*ARMS, Arm("no-op", "r")], "default", [])
 
 
+def test_arms_that_differ_in_the_penalty_alone_share_the_control_of_their_noise() -> None:
+    def arm(name: str, **settings: str) -> Arm:
+        return Arm(name, "r", {f"superfluous.{key}": value for key, value in settings.items()})
+
+    arms = [Arm("default", "r"), arm("a", lambda_a="1"), arm("b", lambda_b="2"),
+            arm("wide", lambda_a="1", sigma="0.3")]  # fmt: skip
+    found = with_controls(arms, "default", ["a", "b", "wide"])[4:]
+    assert [(one.name, one.control, one.shared) for one in found] == [
+        ("no-op", "no-op", ()), ("a noise only", "a", ("b",)), ("wide noise only", "wide", ()),
+    ]  # fmt: skip
+
+
 def test_a_check_is_a_diagnostic_and_a_direction() -> None:
     assert Check.parse("near_zero_groups above 0.5", "x") == Check("near_zero_groups", "above", 0.5)
     assert str(Check.parse("matrix_information lower", "x")) == "matrix_information lower"

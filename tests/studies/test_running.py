@@ -54,6 +54,7 @@ def test_how_far_a_run_has_come(jobs: list[Job]) -> None:
 class Process:
     """A command that ends when it is looked at for the second time, after doing its work."""
 
+    pid = 2**22 + 1  # no process has it
     started: list[list[str]] = []
     environments: list[dict[str, str]] = []
     codes: dict[str, int] = {}  # command and folder -> exit code
@@ -182,6 +183,40 @@ def test_runs_at_once_share_the_cores_or_take_a_gpu_each_and_the_log_says_so(
     assert runner.log.together() >= {jobs[0].name, jobs[1].name}
     ends = [event for event in runner.log.events() if event["event"] == "end"]
     assert {event["code"] for event in ends} == {0} and len(ends) == len(starts) == 6
+
+
+def test_a_run_starts_beside_others_only_where_memory_has_room_for_one_as_large(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gib, free = 1 << 30, [20]
+    monkeypatch.setattr(running, "memory", lambda: (64 << 30, free[0] * gib))
+    monkeypatch.setattr(running, "own_memory", lambda pid: 3 * gib)
+    monkeypatch.setattr(running, "cores", lambda: 4)
+
+    def beside(name: str) -> int:
+        runner = Runner(tmp_path / name, None)
+        fresh = Plan(tmp_path / name, "a", "x", (Arm("a", "r"), Arm("b", "r")), {"d": {}}, (0, 1))
+        made = fresh.jobs({("a", "d"): {}, ("b", "d"): {}})
+        monkeypatch.setattr(Process, "jobs", {job.name: job for job in made})
+        runner.run(made)
+        assert not runner.problems
+        starts = [event for event in runner.log.events() if event["event"] == "start"]
+        return max(len(event["beside"]) for event in starts)
+
+    assert beside("roomy") == 3  # one per core
+    free[0] = 3
+    assert beside("just") == 3  # what runs is as large as it gets
+    free[0] = 2
+    assert beside("full") == 0
+    monkeypatch.setattr(running, "own_memory", lambda pid: gib)
+    free[0] = 4  # the first may grow by 1 GiB, the second as well, and the third has no 2 GiB
+    assert beside("growing") == 2
+
+
+def test_the_memory_of_a_process_is_its_own_and_nothing_after_its_end() -> None:
+    block = bytearray(64 << 20)
+    assert len(block) < running.own_memory(os.getpid()) < 64 << 30
+    assert running.own_memory(2**22 + 1) == 0  # above the kernel's largest id
 
 
 def test_a_signal_ends_the_runs_and_starts_no_other(

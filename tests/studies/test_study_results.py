@@ -14,8 +14,8 @@ import pytest
 from fastproj.core.errors import InputError
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
-from fastproj.studies.results import Score, read_score
 from fastproj.studies.running import StudyError
+from fastproj.studies.scores import Score, read_score, same_protocol
 from tests.support.studies import LABELS, fake_run
 
 # images of 40 on which the probe is right, per seed
@@ -55,7 +55,7 @@ def read_all(plan: Plan, jobs: list[Job]) -> dict[Job, Score]:
 def report(tmp_path: Path) -> dict[str, Any]:
     plan = make_plan(tmp_path)
     scores = read_all(plan, write_runs(plan))
-    assert results.same_protocol(scores) == {}
+    assert same_protocol(scores) == {}
     return results.report(plan, scores, [], {"s/default-seed0"}, {})
 
 
@@ -127,6 +127,59 @@ def test_the_noise_of_an_arm_is_taken_off_it(tmp_path: Path) -> None:
     assert found["x noise only"]["conclusion"].startswith("the noise of x alone: ")
 
 
+def test_two_arms_with_one_noise_are_both_compared_with_its_control(tmp_path: Path) -> None:
+    penalty = {"superfluous.lambda_a": "1"}
+    arms = with_controls(
+        [Arm("default", "r"), Arm("x", "r", penalty), Arm("y", "r")], "default", ["x", "y"]
+    )
+    plan = make_plan(tmp_path, arms=arms)
+    jobs = plan.jobs({(name, "s"): {} for name in ("default", "x", "y")})
+    right = {"default": (20, 22, 21), "no-op": (20, 22, 20), "x": (30, 31, 33),
+             "y": (29, 31, 32), "x noise only": (29, 31, 32)}  # fmt: skip
+    for job in jobs:
+        fake_run(job, right[job.arm][job.pair])
+    found = rows(results.report(plan, read_all(plan, jobs), [], set(), {}))
+    assert found["y"]["beyond_noise"]["gain_mean"] == 0
+    assert found["x"]["beyond_noise"]["gain_mean"] == pytest.approx(100 * 2 / 3 / 40)
+    assert found["x noise only"]["conclusion"].startswith("the noise of x, y alone: ")
+
+
+def test_other_depths_and_sets_are_metrics_of_their_own(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    jobs = write_runs(plan)
+    for job in jobs:
+        found = json.loads(job.run.evaluation.read_text())
+        h = found["rows"][0]
+        places = {"pre-trained/z": "s", "pre-trained": "other", "pre-trained/hidden1": "other"}
+        found["rows"] += [
+            {**h, "encoder": encoder, "data": data, "metrics": {"top1": 0.25 + job.pair / 4},
+             "predictions": None}
+            for encoder, data in places.items()
+        ] + [{**h, "encoder": "random", "metrics": {"top1": 0}}]  # fmt: skip
+        job.run.evaluation.write_text(json.dumps(found))
+    scores = read_all(plan, jobs)
+    first = scores[jobs[0]]
+    assert first.primary == 50 and first.metrics["logistic.top1"] == 0.5
+    for place in ("z", "other", "other/hidden1"):
+        assert first.metrics[f"logistic.top1@{place}"] == 0.25
+    deep = read_score(jobs[0], "logistic.top1@z", LABELS)
+    assert (deep.primary, deep.correct) == (25, None)
+    assert deep.hours == pytest.approx((10 + 2 * 20 + 5 * 3) / 3600)
+
+    report = results.report(plan, scores, [], set(), {})
+    lines = list(csv.DictReader(io.StringIO(table.metrics_csv(report))))
+    assert {line["arm"] for line in lines} == set(RIGHT)
+    chosen = {(line["arm"], line["metric"]): line for line in lines}
+    assert len(lines) == len(chosen) == 4 * (2 * 2 + 3)
+    lower = chosen["lower", "logistic.top1"]
+    assert (lower["n"], lower["gain_mean"]) == ("3", "10") and lower["std"] == "4.33013"
+    assert float(lower["gain_low"]) == pytest.approx(rows(report)["lower"]["gain_low"], rel=1e-5)
+    z = chosen["idle", "logistic.top1@z"]
+    # Equal in all seeds: a gain of 0, of which no spread is known.
+    assert (z["mean"], z["std"], z["gain_mean"], z["gain_low"]) == ("50", "25", "0", "")
+    assert chosen["default", "logistic.top1"]["gain_mean"] == ""
+
+
 def test_rates_are_only_of_runs_that_were_alone(report: dict[str, Any]) -> None:
     rates = {run["job"]: run["images_per_second"] for run in report["runs"]}
     assert rates.pop("s/default-seed0") is None and set(rates.values()) == {100}
@@ -170,7 +223,7 @@ def test_runs_that_were_scored_otherwise_are_left_out_by_name(tmp_path: Path) ->
     fake_run(jobs[1], val="other images")
     fake_run(jobs[2], epochs=9)
     scores = read_all(plan, jobs)
-    lines = results.same_protocol(scores)
+    lines = same_protocol(scores)
     assert list(lines) == [jobs[1].name, jobs[2].name] and len(scores) == len(jobs) - 2
     assert "(val): evaluate it again" in lines[jobs[1].name]
     assert "(probe): evaluate it again" in lines[jobs[2].name]

@@ -86,7 +86,8 @@ def contents(folder: Path) -> dict[str, Any]:
     del report["hours"], report["environment"]["git"]
     for run in report["runs"]:
         del run["hours"], run["images_per_second"]
-    tables = {name: (folder / f"table.{name}").read_bytes() for name in ("csv", "tex")}
+    names = ("table.csv", "table.tex", "metrics.csv")
+    tables: dict[str, Any] = {name: (folder / name).read_bytes() for name in names}
     return tables | {"json": report, "md": [
         line for line in lines if "hours of" not in line and "; commit " not in line
     ]}  # fmt: skip
