@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from fastproj.__main__ import dispatch
 from fastproj.core.errors import InputError, SettingError
 from fastproj.objective import OBJECTIVES
 from fastproj.prepare.encode import Store
+from fastproj.runs import journal
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import RUN, STUDY, load
 from fastproj.settings.study import read_blocks
 from fastproj.studies import running
 from fastproj.studies.running import Log
 from fastproj.study import build_plan, main
+from fastproj.training.build import build_crops, build_groups, build_learner
 from tests.support.betons import digit_like, write
 from tests.support.studies import contents
 
@@ -69,6 +73,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Here:
     """A command as ``subprocess.Popen`` would run it, in this process."""
+
+    pid = 2**22 + 1  # no process has it
 
     def __init__(self, argv: Sequence[str], **rest: Any) -> None:
         assert list(argv[1:3]) == ["-m", "fastproj"]
@@ -246,11 +252,13 @@ def test_without_submitit_or_slurm_it_is_one_line_before_anything_runs(
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_shipped_study_is_a_plan_and_its_head_names_it(path: Path) -> None:
     plan = build_plan(load(STUDY, ["--cfg", str(path)], "study", ""))
-    for job in plan.sweeps() or plan.jobs({(arm.name, s): {} for arm in plan.arms for s in plan.sets}):
-        if job.pair in (plan.seeds[0], plan.sweep_seeds[0]):  # as each run will be built
-            settings = load(RUN, job.argv(), "python -m fastproj.train", "")
-            with torch.device("meta"):
-                build_modules(settings, 10)
+    first = next(iter(plan.sets))
+    for arm in plan.arms:  # each part of the run is built, without memory for its numbers
+        job = plan.job(arm, first, plan.seeds[0], arm.tries()[-1])
+        settings = load(RUN, job.argv(), "train", "")
+        with torch.device("meta"):
+            learner = build_learner(settings, 10)
+        assert build_groups(settings, learner) and len(build_crops(settings, 0)) == 1
     assert plan.folder == Path("runs") / path.stem
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"#   python -m fastproj.study --cfg rcfg/study/{path.name}" in [
@@ -307,3 +315,33 @@ def test_a_study_killed_twice_gives_the_same_tables(
     assert "cut" in found and len(found) > 8  # the commands of an unkilled study
     assert contents(tmp_path / "tiny") == contents(unkilled)
     assert done.stdout.splitlines()[0].split()[:2] == ["arm", "n"]
+
+
+@pytest.mark.slow
+def test_jobs_of_a_scheduler_give_the_same_tables_also_where_one_is_requeued(
+    root: Path, unkilled: Path, tmp_path: Path
+) -> None:
+    """submitit's local executor; SIGUSR2 is what it and Slurm send before they preempt a job."""
+    argv = [sys.executable, "-m", "fastproj", "study", "--cfg", f"{root}/study.yaml",
+            "--study.dir", str(tmp_path), "--study.executor", "local", "--study.processes", "2",
+            "--submitit.timeout_min", "30"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    run = RunFolder(tmp_path / "tiny" / "s" / "default-seed0")
+    log = Log(tmp_path / "tiny" / "study.jsonl")
+    while not (run.metrics.exists() and b'"event": "step"' in run.metrics.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    number = next(event["id"] for event in log.events() if event["job"] == "s/default-seed0")
+    (task,) = psutil.Process(int(number)).children()  # the local executor's number is a process
+    task.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    starts = [event for event in journal.read(run.metrics) if event["event"] == "start"]
+    printed = (tmp_path / "tiny" / "submitit" / f"{number}_0_log.err").read_text()
+    assert len(starts) == 2 and "this job is preempted" in printed
+    assert contents(tmp_path / "tiny") == contents(unkilled)
+    report = json.loads((tmp_path / "tiny" / "study.json").read_text())
+    assert {one["images_per_second"] for one in report["runs"]} == {None}
