@@ -78,11 +78,28 @@ def build_plan(settings: StudySettings) -> Plan:
     for arm in plan.arms:
         for dataset in plan.sets:
             found = [_read(plan.job(arm, dataset, plan.seeds[0], tried)) for tried in arm.tries()]
+            for one in found:
+                _check_primary(study.primary, one, f"the arm {arm.name} on {dataset}")
             if any(_adds_noise(one) for one in found) and arm.name not in noisy:
                 noisy.append(arm.name)
     if not study.controls:
         return plan
     return replace(plan, arms=with_controls(plan.arms, plan.baseline, noisy))
+
+
+def _check_primary(primary: str, settings: Settings, who: str) -> None:
+    """Raise ``SettingError`` where a run would not be scored by the probe that decides."""
+    probe = primary.partition(".")[0]
+    if probe not in PROBES:
+        raise SettingError(
+            f"study.primary is {primary!r}, and no probe is called {probe!r}; write PROBE.METRIC "
+            f"with one of {', '.join(PROBES)}"
+        )
+    if probe not in settings.eval.probes:
+        raise SettingError(
+            f"study.primary is {primary!r}, and {who} has the probes "
+            f"{', '.join(settings.eval.probes)}: name one of them, or add {probe} to eval.probes"
+        )
 
 
 def _read(job: Job) -> Settings:
@@ -119,12 +136,6 @@ def study(settings: StudySettings) -> dict[str, Any]:
     what is there, and the exit code is 128 + the signal's number.
     """
     plan = build_plan(settings)
-    probe = plan.primary.partition(".")[0]
-    if probe not in PROBES:
-        raise SettingError(
-            f"study.primary is {plan.primary!r}, and no probe is called {probe!r}; write "
-            f"PROBE.METRIC with one of {', '.join(PROBES)}"
-        )
     val = {name: _open_set(plan, name) for name in plan.sets}
     scores: dict[Job, Score] = {}
 

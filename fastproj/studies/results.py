@@ -179,8 +179,10 @@ def _compare(mine: Mapping[int, Score], base: Mapping[int, Score]) -> dict[str, 
         difference = np.mean([a.astype(float) - b for a, b in right], axis=0)
         low, high = statistics.image_interval(difference)
         found["images_low"], found["images_high"] = POINTS * low, POINTS * high
+        single = [statistics.mcnemar(a, b) for a, b in right]
+        found["mcnemar"] = dict(zip(map(str, seeds), single, strict=True))
         if len(right) == 1:
-            found["p_mcnemar"] = statistics.mcnemar(*right[0])
+            found["p_mcnemar"] = single[0]
     return found
 
 

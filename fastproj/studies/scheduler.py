@@ -117,7 +117,7 @@ class Scheduler(Executor):
             for job in jobs:
                 if self._look(job) is not None:
                     handle = earlier.get(job.name)
-                    if handle is None or handle.done():
+                    if handle is None or handle.done() or handle.state == "UNKNOWN":
                         waiting.append(job)
                     else:  # of a start that was killed: its jobs live on
                         running[job] = handle

@@ -197,6 +197,8 @@ def test_plugins_of_the_study_are_every_runs(root: Path, tmp_path: Path) -> None
     ("argv", "kind", "words"),
     [
         (["--study.primary", "svm.top1"], SettingError, "no probe is called 'svm'"),
+        (["--study.primary", "ridge.top1"], SettingError,
+         "the arm default on s has the probes logistic, knn: name one of them, or add ridge to"),
         (["--settings.optim.lrr", "1"], SettingError,
          r"arm default on s: unknown setting --optim.lrr; did you mean --optim.lr\?"),
         (["--arms.discretized.settings.projector.levels", "1"], SettingError,
