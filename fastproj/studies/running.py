@@ -175,8 +175,10 @@ class Executor:
     ``check`` is called with each job whose folder is there, ``finished`` with each that is whole,
     and returns a few words. An ``InputError`` of them is that job's, a ``StudyError`` ends the
     study. ``problems``: one line per job that failed, by its name. ``signal``: the number of the
-    signal that ended ``run``, or 0.
+    signal that ended ``run``, or 0. ``ending``: what becomes of the runs then.
     """
+
+    ending = "the runs save where they stand"
 
     def __init__(
         self, folder: Path, check: Callable[[Job], None], finished: Callable[[Job], str]
@@ -214,8 +216,8 @@ class Executor:
             raise KeyboardInterrupt
         self.signal = number
         tqdm.write(
-            f"{signal.Signals(number).name}: the runs save where they stand, and the same command "
-            "goes on; Ctrl-C again ends them now",
+            f"{signal.Signals(number).name}: {self.ending}, and the same command goes on; Ctrl-C "
+            "again ends them now",
             file=sys.stderr,
         )
 

@@ -80,8 +80,11 @@ class Scheduler(Executor):
     On Slurm all jobs are one array, of which ``processes`` run at once at most (None: any number);
     the other two take jobs as room is. ``parameters`` are submitit's: ``timeout_min``,
     ``gpus_per_node``, ``slurm_partition``. Raises ``InputError`` where submitit refuses them, and
-    where there is no Slurm. ``check`` and ``finished`` are the ``Executor``'s.
+    where there is no Slurm. ``check`` and ``finished`` are the ``Executor``'s. A signal cancels all
+    jobs: their runs go on from the last checkpoint.
     """
+
+    ending = "the scheduler's jobs are canceled"
 
     def __init__(
         self,

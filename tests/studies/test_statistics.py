@@ -79,6 +79,29 @@ def test_holm_by_hand() -> None:
     assert len(holm([])) == 0
 
 
+def test_holm_is_the_closed_test_of_bonferroni() -> None:
+    """Adjusted p of i: the largest, over all sets of hypotheses with i, of their Bonferroni p."""
+    rng = np.random.default_rng(2)
+    sets = [s for n in range(1, 6) for s in itertools.combinations(range(5), n)]
+    for p in rng.random((20, 5)) ** 3:
+        bonferroni = {s: min(1, len(s) * p[list(s)].min()) for s in sets}
+        expected = [max(bonferroni[s] for s in sets if i in s) for i in range(5)]
+        assert holm(p) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_bootstrap_of_images_covers_the_true_difference() -> None:
+    """400 pairs of runs on 300 images each, the second 3 points better."""
+    rng = np.random.default_rng(3)
+    chance = rng.random((400, 300, 1))  # an image that is hard is hard for both
+    right = chance < np.array([0.80, 0.83])
+    covered = 0
+    for seed, (one, other) in enumerate(right.transpose(0, 2, 1).astype(float)):
+        low, high = image_interval(other - one, seed)
+        covered += low <= 0.03 <= high
+    assert covered / 400 == pytest.approx(0.95, abs=0.045)
+
+
 def test_the_bootstrap_of_images_is_near_the_normal_interval() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.random(4000) < 0.8, rng.random(4000) < 0.78
