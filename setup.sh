@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in this checkout, with all that fastproj needs:
-#   ./setup.sh [EXTRA...]      EXTRA: dali, dev, timm (the optional dependencies in pyproject.toml)
+#   ./setup.sh [EXTRA...]      EXTRA: dali, dev, onnx, … (the optional dependencies in pyproject.toml)
 # It does what "pip install -e .[ffcv,report]" stands for, with the Debian packages that this takes.
 # Run it as often as you like: where nothing is to be done it takes a second.
 # PYTHON=python3.12 ./setup.sh takes that Python; otherwise the first of python3, python3.13, ...

@@ -41,7 +41,7 @@ COMMANDS = {
 # What only an extra installs.
 EXTRAS = {
     **{"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"},
-    **{"submitit": "slurm"},
+    **{"submitit": "slurm", "tensorboard": "tensorboard", "wandb": "wandb"},
 }
 
 

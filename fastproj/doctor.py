@@ -3,7 +3,7 @@
 ``fastproj doctor`` tries everything that fastproj uses, in the way fastproj uses it, and prints one
 line for each. The exit code is 0 if the main job (images to a table of accuracies) can run here and
 1 if something that it needs is missing. A GPU, a compiler and the extras (FFCV, matplotlib, DALI,
-timm) are optional: they are shown, and their absence is no failure.
+timm, ONNX, TensorBoard, W&B) are optional: they are shown, and their absence is no failure.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -218,6 +218,21 @@ def timm() -> str:
     return str(_load("timm", _set_up("timm")).__version__)
 
 
+def onnx() -> str:
+    """``fastproj export`` writes ONNX with onnxscript and tries it in ONNX Runtime."""
+    fix = _set_up("onnx")
+    _load("onnxscript", fix)
+    return f"{_load('onnx', fix).__version__}, Runtime {_load('onnxruntime', fix).__version__}"
+
+
+def tensorboard() -> str:
+    return str(_load("tensorboard", _set_up("tensorboard")).__version__)
+
+
+def wandb() -> str:
+    return str(_load("wandb", _set_up("wandb")).__version__)
+
+
 def compiler() -> str:
     """Compile what torch.compile writes for a CPU: C++ that includes Python.h, with OpenMP."""
     name = os.environ.get("CXX", "g++")
@@ -249,6 +264,9 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
     ("FFCV", ffcv, False),
     ("DALI", dali, False),
     ("timm", timm, False),
+    ("ONNX", onnx, False),
+    ("TensorBoard", tensorboard, False),
+    ("W&B", wandb, False),
     ("compiler", compiler, False),
 )
 
@@ -279,11 +297,11 @@ def main(argv: Sequence[str]) -> None:
     lacking = []
     for name, check, needed in CHECKS:
         try:
-            print(f"  ok       {name:10} {check()}", flush=True)
+            print(f"  ok       {name:11} {check()}", flush=True)
         except Missing as missing:
             what, fix = missing.args
-            print(f"  {'MISSING' if needed else 'without'}  {name:10} {' '.join(what.split())}")
-            print(f"{'':21} fix: {fix}", flush=True)
+            print(f"  {'MISSING' if needed else 'without'}  {name:11} {' '.join(what.split())}")
+            print(f"{'':22} fix: {fix}", flush=True)
             if needed:
                 lacking.append(name)
     if lacking:

@@ -80,7 +80,7 @@ def load_encoder(
         return _of_ours(load_pretrained(path))
     state = read_weights(path)
     if is_checkpoint(state):
-        return _of_ours(of_checkpoint(state))
+        return _of_ours(of_checkpoint(state, path))
     group = next((g for g in groups(state) if is_resnet(g)), None)
     if group is None:
         raise InputError(

@@ -29,7 +29,8 @@ class Pretrained:
 
     ``encoder`` and ``stem``: its architecture, as ``build_encoder`` names it. ``mean`` and ``std``:
     per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was trained.
-    ``settings`` and ``projector``: the run's, and the projector's weights; an export has neither.
+    ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and the
+    projector's weights; ``data``: the SHA-256 of the training samples. An export has none of these.
     """
 
     encoder: str
@@ -39,15 +40,19 @@ class Pretrained:
     step: int
     epoch: int
     weights: Mapping[str, Tensor]
+    file: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     projector: Mapping[str, Tensor] | None = None
+    data: str | None = None
 
     def build(self) -> Encoder:
         """The encoder with these weights, on the CPU.
 
         Raises ``InputError`` where weights are missing, too many, of another shape or not finite.
         """
-        return _filled(build_encoder(self.encoder, self.stem), self.weights, "encoder")
+        return _filled(
+            build_encoder(self.encoder, self.stem), self.weights, f"{self.file}: its encoder"
+        )
 
     def build_projector(self) -> Projector | None:
         """The projector with its weights, on the CPU; None where the file has none."""
@@ -61,7 +66,7 @@ class Pretrained:
         projector = build_projector(
             told.pop("kind"), build_encoder(self.encoder, self.stem).num_features, **told
         )
-        return _filled(projector, self.projector, "projector")
+        return _filled(projector, self.projector, f"{self.file}: its projector")
 
 
 def _filled(module: M, weights: Mapping[str, Tensor], what: str) -> M:
@@ -70,10 +75,9 @@ def _filled(module: M, weights: Mapping[str, Tensor], what: str) -> M:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()).rpartition(f"{type(module).__name__}: ")[2]
         raise InputError(
-            f"the checkpoint's weights are not those of its {what} ({reason[:200]}): give one that "
-            "fastproj.train wrote"
+            f"{what} is not what its settings say ({reason[:200]}): give another checkpoint"
         ) from error
-    require_finite(module.state_dict(), f"the checkpoint's {what}")
+    require_finite(module.state_dict(), what)
     return module
 
 
@@ -104,25 +108,28 @@ def load_pretrained(path: str | Path) -> Pretrained:
     state = checkpoint.load(path)
     if not is_checkpoint(state):
         raise InputError(f"{path} holds no encoder: give a checkpoint of fastproj.train")
-    return of_checkpoint(state)
+    return of_checkpoint(state, path)
 
 
-def of_checkpoint(state: Mapping[str, Any]) -> Pretrained:
-    """The encoder and the projector of what ``fastproj.train`` saves."""
+def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
+    """The encoder and the projector of what ``fastproj.train`` saves, read from ``path``.
+
+    Raises ``InputError`` where a part of it is missing.
+    """
     try:
         made = state["settings"]
         return Pretrained(
             encoder=made["model.encoder"],
             stem=made["model.stem"],
             weights=state["encoder"],
+            file=path,
             settings=made,
             projector=state["projector"],
-            **{name: state[name] for name in ("mean", "std", "step", "epoch")},
+            **{name: state[name] for name in ("mean", "std", "step", "epoch", "data")},
         )
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"the checkpoint lacks what training saves ({error}): give one that fastproj.train "
-            "wrote"
+            f"{path} is no whole checkpoint of fastproj.train, it lacks {error}: give another one"
         ) from None
 
 
@@ -162,6 +169,7 @@ def _load_export(path: Path) -> Pretrained:
         encoder=about["encoder"],
         stem=about["stem"],
         weights=weights,
+        file=path,
         **{name: ast.literal_eval(about[name]) for name in ("mean", "std", "step", "epoch")},
     )
 

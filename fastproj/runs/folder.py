@@ -78,6 +78,21 @@ class RunFolder:
         return self.path / "diagnostics.png"
 
     @property
-    def encoder(self) -> Path:
-        """The exported encoder."""
-        return self.path / "encoder.safetensors"
+    def export(self) -> Path:
+        """The folder of the exported encoder, laid out as Hugging Face's Hub has it."""
+        return self.path / "export"
+
+    @property
+    def weights(self) -> Path:
+        """The exported encoder's weights."""
+        return self.export / "model.safetensors"
+
+    @property
+    def onnx(self) -> Path:
+        """The exported encoder as ONNX."""
+        return self.export / "model.onnx"
+
+    @property
+    def card(self) -> Path:
+        """The model card of the export."""
+        return self.export / "README.md"

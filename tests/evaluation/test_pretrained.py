@@ -19,7 +19,8 @@ from fastproj.models.encoders import build_encoder
 @pytest.fixture
 def pretrained() -> Pretrained:
     weights = build_encoder("resnet_small", "cifar").state_dict()
-    return Pretrained("resnet_small", "cifar", (0.5,) * 3, (0.2,) * 3, 3, 1, weights)
+    file = Path("step-3.pt")
+    return Pretrained("resnet_small", "cifar", (0.5,) * 3, (0.2,) * 3, 3, 1, weights, file)
 
 
 def test_a_whole_encoder_is_exported_and_read(pretrained: Pretrained, tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_what_is_no_encoder_is_not_exported(
 ) -> None:
     weights = dict(pretrained.weights)
     name = next(iter(weights))
-    words = "the checkpoint's weights are not those of its encoder"
+    words = "step-3.pt: its encoder is not what its settings say"
     if damage == "missing":
         weights.pop(name)
     elif damage == "too many":
@@ -43,7 +44,7 @@ def test_what_is_no_encoder_is_not_exported(
         weights[name] = torch.zeros(2)
     elif damage == "nan":
         weights[name] = weights[name].clone().fill_(torch.nan)
-        words = f"the checkpoint's encoder: {name} holds NaN or infinity"
+        words = f"step-3.pt: its encoder: {name} holds NaN or infinity"
     else:
         weights[name] = "x"  # type: ignore[assignment]
     with pytest.raises(InputError, match=words) as refused:
@@ -54,5 +55,5 @@ def test_what_is_no_encoder_is_not_exported(
 
 @pytest.mark.parametrize("state", [{"settings": {}}, {"settings": "x"}, {"settings": None}])
 def test_a_foreign_checkpoint_is_one_line(state: dict) -> None:
-    with pytest.raises(InputError, match="the checkpoint lacks what training saves"):
-        of_checkpoint({"encoder": {}, **state})
+    with pytest.raises(InputError, match="step-3.pt is no whole checkpoint of fastproj.train"):
+        of_checkpoint({"encoder": {}, **state}, Path("step-3.pt"))
