@@ -34,7 +34,7 @@ from fastproj.studies.scores import Score, read_score, same_protocol
 # content: train does so where it resumes, and the scores of a set must be of one content.
 FREE = (
     *("run.name", "run.dir", "run.device", "run.resume", "data."),
-    *("train.compile", "train.log_every", "train.checkpoint_every", "train.keep"),
+    *("train.compile", "train.log_every", "train.log_to", "train.checkpoint_every", "train.keep"),
 )
 
 

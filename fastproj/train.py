@@ -16,12 +16,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastproj import __version__
+from fastproj.augment.sheet import contact_sheet
 from fastproj.core import dist
 from fastproj.core.device import choose_device
 from fastproj.core.errors import InputError, SettingError
@@ -31,11 +34,13 @@ from fastproj.core.machine import keep_freed_memory
 from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.online import OnlineAccuracy
 from fastproj.evaluation.sets import open_sets
+from fastproj.loaders import Batch
 from fastproj.runs import checkpoint
 from fastproj.runs.environment import write_environment
 from fastproj.runs.folder import RunFolder
 from fastproj.runs.journal import Journal, StepMeter
 from fastproj.runs.journal import read as read_journal
+from fastproj.runs.sinks import Sinks, check_sinks, open_sinks
 from fastproj.settings import RUN, Settings, load
 from fastproj.training.build import build_trainer
 from fastproj.training.crops import misfit
@@ -69,6 +74,8 @@ def train(settings: Settings) -> Path:
                 print(f"{run.path} holds a finished run: nothing to do", file=sys.stderr)
             return run.path
         with dist.together():
+            if dist.is_main():
+                check_sinks(settings.train.log_to or ())
             found = _find_checkpoint(run, settings.run.resume)
         dist.require_same({"the newest checkpoint": found and found.name})
         trainer = build_trainer(settings, rank, device)
@@ -126,7 +133,8 @@ def _open_journal(
     if main:
         run.path.mkdir(parents=True, exist_ok=True)
         _announce(run, trainer, settings)
-    journal = Journal(run.metrics, main, trainer.total_steps, trainer.step)
+    sinks = _sinks(run, settings, trainer.step)
+    journal = Journal(run.metrics, main, trainer.total_steps, trainer.step, sinks)
     if main:
         if checkpoint.latest(run.checkpoints) != found:
             journal.close()
@@ -195,6 +203,12 @@ def _announce(run: RunFolder, trainer: Trainer, settings: Settings) -> None:
         print(f"note: {beton.path}: {advice}", file=sys.stderr, flush=True)
 
 
+def _sinks(run: RunFolder, settings: Settings, step: int) -> Sinks:
+    """Rank 0's sinks; the others have none."""
+    names = settings.train.log_to or () if dist.is_main() else ()
+    return open_sinks(names, run, settings.flat(), step)
+
+
 def _online(settings: Settings) -> OnlineAccuracy | None:
     """What the run is scored on while it is under way; None where ``online_every`` is 0."""
     data, how = settings.data, settings.eval
@@ -249,6 +263,9 @@ def _loop(
         epoch = trainer.loader.cursor[0]
         meter.begin_epoch(epoch, trainer.step)
         for batch in meter.batches(trainer.epoch()):
+            if trainer.step == first:
+                journal.picture("views", partial(_sheet, trainer, batch), first)
+                meter.pause()
             metrics = trainer.train_step(batch)
             logged = meter.step(trainer.step, metrics, trainer.optimizer.param_groups[0]["lr"])
             if interruption.requested(agree=logged) or trainer.step == last:
@@ -267,6 +284,10 @@ def _loop(
             break
     if trainer.step == trainer.total_steps:
         meter.end(trainer.step)
+
+
+def _sheet(trainer: Trainer, batch: Batch) -> Tensor:
+    return contact_sheet(trainer.views(batch))
 
 
 def _read(argv: Sequence[str]) -> Settings:

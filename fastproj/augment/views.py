@@ -110,6 +110,11 @@ class Augmentation(nn.Module):
             return augment(crops, params, self.reach, self.scale, self.shift).to(self.dtype)
         return self.chain(crops, params)
 
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Normalized images (N, 3, h, w) as pixels in [0, 1]: what ``mean`` and ``std`` undo."""
+        shift, scale = (value.view(-1, 1, 1) for value in (self.shift, self.scale))
+        return ((images - shift) / scale).clamp(0, 1)
+
     def chain(self, crops: Tensor, params: Params) -> Tensor:
         """The same as ``forward``, vectorized, on any device; compiled after ``compile``."""
         to_contrast, whole, taps = self._plan(params, self.reach)

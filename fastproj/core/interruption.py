@@ -3,15 +3,13 @@
 import math
 import os
 import signal
-import sys
 import time
 from threading import Event, Thread
 from types import FrameType, TracebackType
 from typing import Self
 
-from tqdm import tqdm
-
 from fastproj.core import dist
+from fastproj.core.progress import write_line
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 SAME = 2.0  # seconds within which a second signal is the first one's echo
@@ -76,10 +74,9 @@ class Interruption:
                     os._exit(128 + number)
                 return
             if main and not answered:
-                tqdm.write(
+                write_line(
                     f"{signal.Signals(number).name}: finishing the step under way, then saving; "
-                    f"again, {SAME:g} s later, ends now",
-                    file=sys.stderr,
+                    f"again, {SAME:g} s later, ends now"
                 )
             answered = True
 

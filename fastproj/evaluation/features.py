@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastproj.core import dist
 from fastproj.core.errors import InputError
+from fastproj.core.progress import Progress
 from fastproj.loaders import Batch, Center, Loader
 from fastproj.models.frozen import frozen
-from fastproj.prepare.progress import Progress
 
 # Images in one forward pass on a CPU, so that activations stay in its caches: see ``fold``.
 CACHED_IMAGES = 64
@@ -117,7 +117,7 @@ def _collect(
             raise InputError("features take one crop per image: open the loader with one Center")
         store = _InOrder(loader, device)
         if name and dist.is_main():
-            bar = Progress(name, len(loader.beton) // loader.order.world_size)
+            bar = Progress(len(loader.beton) // loader.order.world_size, name)
     with bar or nullcontext():
         for batch in loader:
             images, labels = _images_and_labels(batch)

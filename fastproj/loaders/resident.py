@@ -6,12 +6,13 @@ has resized to one square (ImageNet-100 at 160 px: 9.7 GB).
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fastproj.core.errors import InputError
+from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader, to_device
@@ -50,10 +51,10 @@ class ResidentLoader(Loader):
         self.images = torch.empty(
             (samples, 3, height, width), dtype=torch.uint8, device=self.device
         )
-        hidden = None if self.order.rank == 0 else True  # None hides the bar without a terminal
+        shown = self.order.rank == 0
         with (
             ThreadPoolExecutor(self.workers, "fastproj-resident") as pool,
-            tqdm(total=samples, unit="image", desc="resident", disable=hidden, leave=False) as bar,
+            Progress(samples, "resident", lines=False) if shown else nullcontext() as bar,
         ):
             for start in range(0, samples, CHUNK):
                 positions = np.arange(start, min(start + CHUNK, samples))
@@ -68,7 +69,8 @@ class ResidentLoader(Loader):
                 # Transposed on the device; the next chunk is read while this one is copied.
                 images = host.to(self.device, non_blocking=True).movedim(-1, 1)
                 self.images[start : start + len(positions)] = images
-                bar.update(len(positions))
+                if bar:
+                    bar.update(len(positions))
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         for step in steps:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from fastproj.core.errors import SettingError
 from fastproj.core.machine import cores
+from fastproj.core.progress import Progress
 from fastproj.data.beton import open_beton
 from fastproj.data.verify import verify
 from fastproj.prepare.encode import Store
-from fastproj.prepare.progress import Progress
 from fastproj.prepare.sources import open_sources
 from fastproj.prepare.splits import SplitWriter, make_folder
 from fastproj.settings import PREPARE, PrepareSettings, load, stored
@@ -29,7 +29,7 @@ def _verify(path: str) -> int:
     """Print each damage; exit code 1 if there is any."""
     start = time.perf_counter()
     beton = open_beton(path)
-    with Progress("verify", len(beton)) as progress:
+    with Progress(len(beton), "verify") as progress:
         damages = verify(path, progress.update)
     for damage in damages:
         where = "file" if damage.index is None else f"sample {damage.index} ({damage.source})"

@@ -12,6 +12,7 @@ from fastproj import __version__
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing
 from fastproj.core.machine import cores
+from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton, open_beton
 from fastproj.data.manifest import (
     FORMAT,
@@ -21,7 +22,6 @@ from fastproj.data.manifest import (
     write_manifest,
 )
 from fastproj.prepare.encode import Store, Stored, Unreadable, encode_chunk
-from fastproj.prepare.progress import Progress
 from fastproj.prepare.sources import Source
 from fastproj.prepare.workers import Workers
 from fastproj.prepare.writer import Written, write_container
@@ -57,7 +57,7 @@ class SplitWriter:
         unreadable: dict[int, str] = {}
         count = len(source.labels)
         square = self.store.kind == "square"
-        with replacing(beton) as file, Progress(source.split, count) as progress:
+        with replacing(beton) as file, Progress(count, source.split) as progress:
             samples = self._encoded(source, histogram, unreadable, progress)
             written = write_container(file, samples, count, square)
             manifest = self._manifest(source, written, histogram, unreadable, dataset, command)

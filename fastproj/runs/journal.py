@@ -19,13 +19,12 @@ from tqdm import tqdm
 from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.core.files import lock, writing
+from fastproj.core.progress import Progress, write_line
+from fastproj.runs.sinks import Sinks
 
 Event = Literal["start", "step", "epoch", "probe", "checkpoint", "end", "error"]
 Part = Literal["data_wait", "step", "pause"]
 T = TypeVar("T")
-
-# Percentage, bar, step and time left take 50 columns of a long run, loss and images/s 28 more.
-BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 
 
 class Journal:
@@ -34,14 +33,18 @@ class Journal:
     ``total`` is the run's number of steps and ``start`` the step this process begins at, for the
     bar and the time left. Only the process with ``main`` writes and shows; the others only check.
     It locks the file, so that a run has one writer: ``InputError`` where another process writes.
-    A context manager: an exception that leaves it is logged as an ``error`` event.
+    ``sinks`` get every event as well; the journal closes them. A context manager: an exception that
+    leaves it is logged as an ``error`` event.
     """
 
-    def __init__(self, path: str | Path, main: bool, total: int, start: int = 0):
+    def __init__(
+        self, path: str | Path, main: bool, total: int, start: int = 0, sinks: Sinks | None = None
+    ) -> None:
         self.path = Path(path)
         self._main, self._total, self._start = main, total, start
         self._began = time.monotonic()
-        self._bar: tqdm | None = None
+        self._bar: Progress | None = None
+        self._sinks, self._failed = sinks or Sinks({}), False
         if not main:
             return
         with writing(self.path):
@@ -49,13 +52,14 @@ class Journal:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             if not lock(self._file):
                 self._file.close()
+                self._sinks.close(True)
                 raise InputError(
                     f"another process writes to {self.path}: wait until it ends, stop it, or give "
                     "another --run.name"
                 )
             _drop_half_line(self.path)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, bar_format=BAR, dynamic_ncols=True)
+            self._bar = Progress(total, unit="steps", start=start, keep=True)
 
     def event(self, kind: Event, **fields: Any) -> None:
         """Append ``{"event": kind, "time": seconds since 1970, **fields}`` and show it.
@@ -84,6 +88,17 @@ class Journal:
         with writing(self.path):
             self._file.write(line.encode())
         self._show(kind, fields)
+        self._sinks.event(kind, fields)
+
+    def move(self, step: int) -> None:
+        """Move the bar to ``step`` optimizer steps done, between step events."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.done)
+
+    def picture(self, name: str, draw: Callable[[], Tensor], step: int) -> None:
+        """Give the sinks, if there are any, the picture (3, h, w), uint8, that ``draw`` returns."""
+        if self._main and self._sinks:
+            self._sinks.picture(name, draw(), step)
 
     def _show(self, kind: Event, fields: dict[str, Any]) -> None:
         step = fields.get("step", self._start)
@@ -97,21 +112,20 @@ class Journal:
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in shown.items()
         )
-        if self._bar is None:
-            print(f"{kind:<10}  {text}", file=sys.stderr, flush=True)
-        elif kind == "step":
+        if self._bar is not None and kind == "step":
             units = {"loss": "loss {:.4g}", "images_per_second": "{:,.0f} images/s"}
             texts = [unit.format(shown[name]) for name, unit in units.items() if name in shown]
-            self._bar.set_postfix_str(", ".join(texts), refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.say(", ".join(texts))
+            self.move(step)
         else:
-            self._bar.write(f"{kind:<10}  {text}", file=sys.stderr)
+            write_line(f"{kind:<10}  {text}")
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._main:
             self._file.close()
+        self._sinks.close(self._failed)
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +136,7 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._failed = isinstance(error, Exception)
         if isinstance(error, Exception):
             # Whatever stopped the run may stop this line as well; the first error is the one told.
             with contextlib.suppress(InputError):
@@ -253,6 +268,7 @@ class StepMeter:
                 data_wait=spent["data_wait"] / sum(spent.values()),
             )
             self._logged, self._since = step, self._clock.seconds()
+        self._journal.move(step)
         self._clock.lap("step")
         return logged
 

@@ -10,6 +10,7 @@ from fastproj.settings.checkers import (
     Floats,
     Int,
     Key,
+    Keys,
     OrNull,
     Schedule,
     Text,
@@ -270,6 +271,10 @@ class Train:
         "auto",
     )
     log_every: int = setting(_count, "steps between logged steps", 10)
+    log_to: tuple[str, ...] | None = setting(
+        OrNull(Keys("fastproj.runs:SINKS")),
+        "where scalars and pictures go beside metrics.jsonl; null: nowhere else",
+    )
     diagnostics_every: int = setting(Int(0), "epochs between diagnostics; 0: never", 1)
     online_every: int = setting(
         Int(0), "epochs between scores of the online probe and of kNN on data.val; 0: never", 0

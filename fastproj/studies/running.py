@@ -19,12 +19,12 @@ from types import FrameType
 from typing import IO, Any, Literal
 
 import psutil
-from tqdm import tqdm
 
 from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 from fastproj.core.files import writing
 from fastproj.core.machine import cores, memory
+from fastproj.core.progress import Progress, write_line
 from fastproj.evaluation.results import read_evaluation
 from fastproj.runs import checkpoint, journal
 from fastproj.runs.folder import RunFolder
@@ -187,8 +187,7 @@ class Executor:
         self.problems: dict[str, str] = {}
         self.signal = 0
         self._check, self._finished = check, finished
-        self._done = 0
-        self._bar = tqdm(disable=True)
+        self._bar = Progress(0, lines=False)
         with writing(folder):
             (folder / LOGS).mkdir(parents=True, exist_ok=True)
 
@@ -199,11 +198,8 @@ class Executor:
     @contextmanager
     def _listening(self, total: int) -> Iterator[None]:
         """A bar of ``total`` jobs, and SIGTERM and Ctrl-C only set ``signal``."""
-        self._done = 0
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
-        self._bar = tqdm(
-            total=total, unit="run", file=sys.stderr, disable=not sys.stderr.isatty()
-        )
+        self._bar = Progress(total, unit="runs", lines=False, keep=True)
         try:
             with self._bar:
                 yield
@@ -215,10 +211,9 @@ class Executor:
         if self.signal == number == signal.SIGINT:  # twice: the user means now
             raise KeyboardInterrupt
         self.signal = number
-        tqdm.write(
+        write_line(
             f"{signal.Signals(number).name}: {self.ending}, and the same command goes on; Ctrl-C "
-            "again ends them now",
-            file=sys.stderr,
+            "again ends them now"
         )
 
     def _look(self, job: Job, before: State | None = None) -> State | None:
@@ -248,11 +243,10 @@ class Executor:
         self._count(f"failed: {self.problems[job.name]}")
 
     def _count(self, line: str) -> None:
-        """One job more is done. tqdm counts nothing where there is no terminal."""
-        self._done += 1
+        """One job more is done."""
+        self._bar.say(f"{len(self.problems)} failed")
         self._bar.update()
-        now = time.strftime("%H:%M:%S")
-        tqdm.write(f"{now}  {self._done}/{self._bar.total}  {line}", file=sys.stderr)
+        write_line(f"{time.strftime('%H:%M:%S')}  {self._bar.done}/{self._bar.total}  {line}")
 
 
 class Runner(Executor):
