@@ -54,8 +54,8 @@ class Progress:
         self.done += count
         now = time.perf_counter()
         rate = (self.done - self._start) / max(now - self._began, 1e-9)
-        text = self._says or f"{rate:,.0f} {self.unit}/s"
-        self._bar.set_postfix_str(text, refresh=False)
+        digits = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        self._bar.set_postfix_str(self._says or f"{digits} {self.unit}/s", refresh=False)
         self._bar.update(count)
         if self._lines and not self.on_terminal and now - self._last >= EVERY and rate:
             self._last = now
@@ -73,5 +73,7 @@ class Progress:
 
 def write_line(line: str) -> None:
     """Print a line on stderr, above the bar if one is shown."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    if sys.stderr.isatty():
+        tqdm.write(line, file=sys.stderr)
+    else:  # tqdm's lock is shared with forked processes, and a kill never gives it back
+        print(line, file=sys.stderr, flush=True)

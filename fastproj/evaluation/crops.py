@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastproj.augment.draw import View
 from fastproj.augment.views import Augmentation
 from fastproj.core.errors import InputError
+from fastproj.core.progress import Progress
 from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.heads import Heads, multistep, warmed_up, with_ones
 from fastproj.evaluation.probes.common import ProbeResult, check, ranks
@@ -85,7 +86,7 @@ def crops_probe(
     rates = [rate * scale for rate in learning_rates]
     total, device = epochs * len(train), train.device
     heads: Heads | None = None
-    with frozen(encoder), torch.no_grad():
+    with frozen(encoder), torch.no_grad(), Progress(total, "probe", "steps") as bar:
         for epoch in range(epochs):
             steps = range(epoch * len(train), (epoch + 1) * len(train))
             schedule = (
@@ -108,6 +109,7 @@ def crops_probe(
                     device=device,
                 )
                 heads.step(found.float(), labels, rate)
+                bar.update()
     assert heads is not None  # a loader has at least one step
     scores = [_score(head, val) for head in heads.weights]
     metrics = scores[0][0] | {

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastproj.core.errors import InputError
+from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton
 from fastproj.data.subset import subset
 from fastproj.evaluation.crops import Views, accuracies, check_labels
@@ -90,16 +91,16 @@ def finetune(
             weight_decay=weight_decay,
         )
         tuned.train()
-        step = 0
-        for epoch in range(epochs):
-            for images, targets in views.epoch(epoch):
-                set_rates(optimizer, step, total, warmup_epochs * len(train), start=0.0)
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    logits = head(tuned(images))
-                F.cross_entropy(logits.float(), targets).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
+        with Progress(total, "finetune", "steps") as bar:
+            for epoch in range(epochs):
+                for images, targets in views.epoch(epoch):
+                    set_rates(optimizer, bar.done, total, warmup_epochs * len(train), start=0.0)
+                    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                        logits = head(tuned(images))
+                    F.cross_entropy(logits.float(), targets).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    bar.update()
     found = features(tuned, val, mean=views.mean, std=views.std, device=device)
     with torch.no_grad():
         metrics, predictions = accuracies(head(found.features), found.labels)
