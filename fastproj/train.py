@@ -52,6 +52,8 @@ OWN_TO_A_RANK = ("run.dir", "data.")
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
 FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
 
+SHOWN = 8  # samples of the first batch whose views the sinks get
+
 
 def train(settings: Settings) -> Path:
     """Run, or resume, what the settings describe; returns the run folder.
@@ -287,7 +289,7 @@ def _loop(
 
 
 def _sheet(trainer: Trainer, batch: Batch) -> Tensor:
-    return contact_sheet(trainer.views(batch))
+    return contact_sheet(trainer.views(batch, SHOWN))
 
 
 def _read(argv: Sequence[str]) -> Settings:

@@ -111,7 +111,7 @@ class Augmentation(nn.Module):
         return self.chain(crops, params)
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Normalized images (N, 3, h, w) as pixels in [0, 1]: what ``mean`` and ``std`` undo."""
+        """Normalized images (…, 3, h, w) as pixels in [0, 1], undoing ``mean`` and ``std``."""
         shift, scale = (value.view(-1, 1, 1) for value in (self.shift, self.scale))
         return ((images - shift) / scale).clamp(0, 1)
 

@@ -122,9 +122,10 @@ def _front_matter(facts: Facts) -> str:
         "tags": ["self-supervised-learning", "pytorch", "safetensors"]
         + ["onnx"] * (facts.onnx is not None)
         + [str(facts.settings["objective.name"])],
-        "datasets": [facts.data],
         "metrics": ["accuracy"],
     }
+    if facts.images is not None and facts.data != "folder":  # the name of a public set
+        about["datasets"] = [facts.data]
     if facts.rows:
         about["model-index"] = [
             {"name": facts.name, "results": [_result(row) for row in facts.rows]}

@@ -149,15 +149,15 @@ class Trainer:
             self.diagnostics.clear()
         return iter(self.loader)
 
-    def views(self, batch: Batch) -> list[Tensor]:
+    def views(self, batch: Batch, samples: int) -> list[Tensor]:
         """The views that ``train_step(batch)`` will train on, as images to look at.
 
-        One float tensor (V, n, 3, h, w) in [0, 1] per crop size, of the first part where
-        ``accumulate`` splits the step. Training is not changed.
+        One float tensor (V, n, 3, h, w) in [0, 1] per crop size, of the batch's first ``samples``
+        (of its first part, where ``accumulate`` splits the step). Training is not changed.
         """
         self._seed()
         return [
-            augmentation.denormalize(views.float()).unflatten(0, (crop.num_views, -1))
+            augmentation.denormalize(views.unflatten(0, (crop.num_views, -1))[:, :samples].float())
             for augmentation, views, crop in zip(
                 self.augmentations, self._augment(batch)[0], self.loader.crops, strict=True
             )

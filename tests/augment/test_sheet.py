@@ -10,15 +10,15 @@ PLAIN = View(flip_prob=0, jitter_prob=0, gray_prob=0, blur_prob=0, solarize_prob
 
 
 def test_rows_are_samples_and_columns_views():
-    large = torch.arange(6).view(2, 3, 1, 1, 1).expand(2, 3, 3, 6, 6) / 255
-    small = torch.full((1, 3, 3, 4, 4), 100 / 255)
-    sheet = contact_sheet([large, small], samples=2)
+    large = torch.arange(4).view(2, 2, 1, 1, 1).expand(2, 2, 3, 6, 6) / 255
+    small = torch.full((1, 2, 3, 4, 4), 100 / 255)
+    sheet = contact_sheet([large, small])
     step = 6 + GAP
     assert sheet.dtype == torch.uint8 and sheet.shape == (3, 2 * step + GAP, 3 * step + GAP)
     for row in range(2):
         for column in range(2):
             top, left = row * step + GAP, column * step + GAP
-            assert (sheet[:, top : top + 6, left : left + 6] == 3 * column + row).all()
+            assert (sheet[:, top : top + 6, left : left + 6] == 2 * column + row).all()
         top, left = row * step + GAP, 2 * step + GAP
         assert (sheet[:, top : top + 4, left : left + 4] == 100).all()
         assert (sheet[:, top + 4 : top + 6, left : left + 6] == 255).all()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from fastproj.studies import running
 from fastproj.studies.plan import Arm, Job, Plan
 from fastproj.studies.running import Log, Runner, StudyError, locked, state
 from tests.support.studies import fake_run
+from tests.support.terminals import terminal
 
 
 @pytest.fixture
@@ -280,3 +282,15 @@ def test_two_studies_of_one_folder_wait_for_each_other(
         threading.Timer(0.1, fcntl.flock, (other, fcntl.LOCK_UN)).start()
         with locked(path) as descriptor:
             assert os.fstat(descriptor)
+
+
+def test_the_bar_counts_runs_at_80_columns(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process.codes[f"train {jobs[1].name}"] = 1
+    with terminal(monkeypatch) as screen:
+        Runner(tmp_path / "s", 1, finished=lambda job: "it is whole").run(jobs)
+    bars = screen.bars()
+    assert all(len(shown) <= 80 for shown in bars)
+    assert re.fullmatch(r"100% .+ 4/4  00:00 left, 1 failed", bars[-1]), bars
+    assert f"  1/4  {jobs[0].name}: it is whole" in screen.text

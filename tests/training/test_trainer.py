@@ -549,3 +549,20 @@ def test_a_step_that_the_scaler_skips_moves_nothing(beton: Beton) -> None:
     after = dict(trainer.learner.named_parameters())
     moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])}
     assert moved >= {"encoder", "projector", "teacher", "probe"}
+
+
+def test_the_views_shown_are_those_that_the_step_trains_on(beton: Beton) -> None:
+    """Two large views and three small ones of each sample, of the first of two parts."""
+    view = View(blur_prob=0)
+    trainer = small_trainer(beton, "swav", view=view, local_crops=3, accumulate=2)
+    batch = next(trainer.epoch())
+    shown = trainer.views(batch, 3)
+    assert [tuple(part.shape) for part in shown] == [(2, 3, 3, 8, 8), (3, 3, 3, 8, 8)]
+    seen = []
+    forward = trainer.model.forward
+    trainer.model.forward = lambda views, labels: seen.append(views) or forward(views, labels)
+    trainer.train_step(batch)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (beton.manifest.mean, beton.manifest.std))
+    for ours, theirs in zip(shown, seen[0], strict=True):
+        pixels = (theirs.unflatten(0, (-1, 8))[:, :3] * std + mean).clamp(0, 1)
+        torch.testing.assert_close(ours, pixels)
