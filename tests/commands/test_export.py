@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastproj.train import train
 from fastproj.training.build import build_learner
 from tests.support.betons import digit_like, write
 
+ROOT = Path(__file__).parents[2]
 NAMES = ["model.safetensors", "model.onnx", "README.md"]
 
 
@@ -135,9 +137,32 @@ def test_the_cards_code_loads_it_in_torchvision_timm_and_onnx(tmp_path, monkeypa
     assert metadata["mean"] == "(0.4, 0.5, 0.6)" and metadata["stem"] == stem
 
 
+def test_the_readmes_code_loads_it_too(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    no_onnx(monkeypatch)
+    text = (ROOT / "README.md").read_text().partition("**Export.**")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("**Any encoder")[0], re.S)
+    cifar, imagenet = tmp_path / "cifar", tmp_path / "imagenet"
+    for folder in (cifar, imagenet):
+        folder.mkdir()
+        main([str(fake_run(folder, "resnet18", folder.name))])
+    images = torch.randn(2, 3, 32, 32)
+    monkeypatch.chdir(cifar / "r/export")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    with torch.no_grad():
+        wanted = random_encoder("resnet18", "cifar")(images)
+        assert (found["model"].eval()(images) - wanted).abs().max() < 1e-5
+        line = re.search(r"`(timm\.create_model\(.*checkpoint_path=.*?\))`", text)
+        monkeypatch.chdir(imagenet / "r/export")
+        model = eval(line[1], {"timm": timm})
+        wanted = random_encoder("resnet18", "imagenet")(images)
+        assert (model.eval()(images) - wanted).abs().max() < 1e-5
+
+
 def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extra is not installed; the tests below are faster without it, too."""
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
 
 
 def test_without_the_extra_one_line_says_what_is_not_written(tmp_path, monkeypatch, capsys):
