@@ -26,10 +26,11 @@ from fastproj.evaluation.onnx import save_onnx
 from fastproj.evaluation.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastproj.evaluation.results import Row, read_evaluation
 from fastproj.runs.command import open_run
-from fastproj.runs.environment import versions
+from fastproj.runs.environment import installed, versions
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import Settings
 
+WRITERS = ("safetensors", "onnx", "onnxscript", "onnxruntime")  # what the files were made with
 ENCODER = "pre-trained"  # whose rows of eval.json the card shows
 
 
@@ -76,7 +77,7 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
         rows=_rows(run, checkpoint),
         onnx=difference,
         environment=environment,
-        versions=versions(),
+        versions=versions() | {name: installed(name) for name in WRITERS},
     )
     write_text(run.card, model_card(pretrained, facts))
     return [*written, run.card]

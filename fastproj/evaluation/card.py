@@ -165,11 +165,12 @@ def _table(pretrained: Pretrained, facts: Facts) -> str:
     if pretrained.stem == "cifar":
         stem = stem.format(_padding(pretrained))
     counted = sum(p.numel() for p in pretrained.build().parameters())
+    megabytes = sum(tensor.nbytes for tensor in pretrained.weights.values()) / 1e6
     images = f", {facts.images:,} images" if facts.images else ""
     content = f"; SHA-256 of the samples {pretrained.data}" if pretrained.data else ""
     rows = {
         "encoder": f"{pretrained.encoder}, {stem}",
-        "parameters": f"{counted:,}",
+        "size": f"{counted:,} parameters, {megabytes:.1f} MB",
         "features": str(facts.num_features),
         "images": f"RGB; trained on crops of {facts.size} × {facts.size} pixels",
         "normalization": f"(pixel / 255 − mean) / std, mean {_rounded(pretrained.mean)}, "

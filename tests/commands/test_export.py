@@ -199,7 +199,7 @@ def test_the_card_says_what_was_trained_and_how_it_was_scored(tmp_path, monkeypa
     assert result["dataset"] == {"name": "cubes", "type": "cubes", "split": "val"}
     assert [metric["value"] for metric in result["metrics"]] == [12.35, 50.0]
     for words in (
-        "| parameters | 1,201,808 |",
+        "| size | 1,201,808 parameters, 4.8 MB |",
         "| trained | 2 of 200 epochs, 7 steps of 256 images |",
         "| cubes | h | knn | 12.35% | 50.00% | 1,234 | 1,234 |",
         "file: x.beton",

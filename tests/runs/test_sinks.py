@@ -70,6 +70,14 @@ def test_a_sink_gets_the_numbers_of_each_event_under_the_journals_names(tmp_path
     assert sink.closed == [False]
 
 
+def test_only_the_main_process_gives_to_sinks(tmp_path):
+    sink = Kept(RunFolder(tmp_path))
+    with Journal(tmp_path / "m.jsonl", False, 20, sinks=Sinks({"kept": sink})) as book:
+        book.event("step", step=10, loss=1.5)
+        book.picture("views", lambda: torch.zeros(3, 2, 2, dtype=torch.uint8), 0)
+    assert sink.got == [] and sink.pictures == []
+
+
 def test_a_sink_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
     bad, good = Kept(RunFolder(tmp_path), at=2), Kept(RunFolder(tmp_path))
     sinks = Sinks({"bad": bad, "good": good})
