@@ -1,8 +1,9 @@
 """Command: the encoder alone, for other programs. ``python -m fastproj.export runs/NAME``
 
 Writes ``export/`` in the run folder, laid out as Hugging Face's Hub has it: ``model.safetensors``
-(the weights under torchvision's names, without projector, predictor or probe), ``model.onnx`` and
-the model card ``README.md``, which says how each is loaded.
+(the weights under the names of torchvision, or of the library that the encoder is from, without
+projector, predictor or probe), ``model.onnx`` and the model card ``README.md``, which says how each
+is loaded.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -25,6 +26,7 @@ from fastproj.evaluation.card import Facts, model_card
 from fastproj.evaluation.onnx import save_onnx
 from fastproj.evaluation.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastproj.evaluation.results import Row, read_evaluation
+from fastproj.models.encoders import num_features
 from fastproj.runs.command import open_run
 from fastproj.runs.environment import installed, versions
 from fastproj.runs.folder import RunFolder
@@ -37,10 +39,10 @@ ENCODER = "pre-trained"  # whose rows of eval.json the card shows
 def export(run: RunFolder, settings: Settings) -> list[Path]:
     """Export ``eval.checkpoint``; returns the files.
 
-    The metadata of ``model.safetensors``: ``encoder`` and ``stem``, ``mean`` and ``std`` (per
-    channel, of pixels in 0 to 1), ``step``, ``epoch``, and ``sha256`` of the weights. Without the
-    packages of the extra ``onnx`` there is no ``model.onnx``, and stderr says so. The card's
-    accuracies are those that ``eval.json`` has of this very checkpoint.
+    The metadata of ``model.safetensors``: ``encoder`` and ``stem`` (of another library: ``size``),
+    ``mean`` and ``std`` (per channel, of pixels in 0 to 1), ``step``, ``epoch``, and ``sha256`` of
+    the weights. Without the packages of the extra ``onnx`` there is no ``model.onnx``, and stderr
+    says so. The card's accuracies are those that ``eval.json`` has of this very checkpoint.
 
     Raises ``InputError`` for a checkpoint that is missing, damaged, not whole or not finite, and
     where a file cannot be written.
@@ -54,7 +56,9 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
     written = [run.weights]
     difference = None
     try:
-        difference = save_onnx(encoder, run.onnx, settings.views.size, _metadata(pretrained))
+        difference = save_onnx(
+            encoder, run.onnx, settings.views.size, _metadata(pretrained), pretrained.size is None
+        )
         written.append(run.onnx)
     except ModuleNotFoundError as error:
         print(
@@ -69,7 +73,7 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
     facts = Facts(
         name=run.name,
         size=settings.views.size,
-        num_features=encoder.num_features,
+        num_features=num_features(encoder),
         settings=told,
         recipe=_recipe(environment),
         data=manifest.dataset if manifest else Path(settings.data.train).name,

@@ -42,7 +42,7 @@ from fastproj.runs.journal import Journal, StepMeter
 from fastproj.runs.journal import read as read_journal
 from fastproj.runs.sinks import Sinks, check_sinks, open_sinks
 from fastproj.settings import RUN, Settings, load
-from fastproj.training.build import build_trainer
+from fastproj.training.build import build_trainer, run_stem
 from fastproj.training.crops import misfit
 from fastproj.training.trainer import Trainer
 
@@ -200,7 +200,7 @@ def _announce(run: RunFolder, trainer: Trainer, settings: Settings) -> None:
     """Say where the run is kept and, where crops and stem do not fit the images, what would."""
     print(f"run folder: {run.path}", file=sys.stderr, flush=True)
     beton = trainer.loader.beton
-    advice = misfit(beton.width, beton.height, settings.views.size, settings.model.stem)
+    advice = misfit(beton.width, beton.height, settings.views.size, run_stem(settings))
     if advice:
         print(f"note: {beton.path}: {advice}", file=sys.stderr, flush=True)
 

@@ -15,6 +15,7 @@ import yaml
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.models.projector import build_projector
+from fastproj.objective import build_objective
 from fastproj.prepare.encode import Store
 from fastproj.runs import checkpoint, journal
 from fastproj.settings import RUN, Settings, load
@@ -199,7 +200,8 @@ SOLO_OBJECTIVE: dict[str, dict[str, float]] = {
     "byol": {"predictor_hidden": 4096, "momentum": 0.99, "momentum_end": 1.0},
     "simsiam": {"predictor_hidden": 512},
     "mocov2plus": {"temperature": 0.2, "queue": 32768, "momentum": 0.99, "momentum_end": 0.999},
-    "mocov3": {"temperature": 0.2, "predictor_hidden": 4096, "momentum": 0.99, "momentum_end": 1},
+    "mocov3": {"temperature": 0.2, "predictor_hidden": 4096, "predictor_norm": False,
+               "momentum": 0.99, "momentum_end": 1},
     "vicreg": {"invariance": 25, "variance": 25, "covariance": 1},
     "swav": {"temperature": 0.1, "queue": 3840, "queue_epoch": 50, "prototypes": 3000,
              "freeze_epochs": 2, "sinkhorn_steps": 3, "epsilon": 0.05, "weight_norm": True},
@@ -286,6 +288,27 @@ def test_superinfo_style_has_infocls_protocol(data: str) -> None:
     mib = settings.superfluous
     assert (mib.noise, mib.sigma) == ("fixed", 0.1)
     assert math.isclose((mib.lambda_a[0] + mib.lambda_b[0]) / (2 * mib.sigma**2), 5e-4)
+
+
+def test_the_vits_recipe_has_moco_v3s_settings() -> None:
+    """main_moco.py with the options of CONFIG.md for ViT-Small on one machine, and its defaults."""
+    flat = read("in100_mocov3_vit").flat()
+    wanted = {
+        "model.encoder": "timm:vit_small_patch16_224", "model.freeze_patch_embedding": True,
+        "optim.optimizer": "adamw", "optim.lr": 1.5e-4, "optim.weight_decay": 0.1,
+        "optim.batch_size": 1024, "optim.epochs": 300, "optim.warmup_epochs": 40,
+        "optim.warmup_lr": 0, "objective.temperature": 0.2, "objective.momentum": 0.99,
+        "objective.momentum_end": 1, "views.scale_min": 0.08, "views.size": 224,
+    }  # fmt: skip
+    assert {key: flat[key] for key in wanted} == wanted
+    assert not {"model.stem", "optim.trust_coefficient"} & flat.keys()
+    settings = read("in100_mocov3_vit")
+    assert head(settings)[0] == [(4096, 512), (4096, 4096), (256, 4096)] and head(settings)[1] == 3
+    assert views(settings) == PHOTOS
+    predictor = build_objective("mocov3", 256, 100, **settings.objective.options).predictor
+    shapes = [tuple(p.shape) for p in predictor.parameters() if p.ndim > 1]
+    assert shapes == [(4096, 256), (256, 4096)]
+    assert isinstance(predictor[-1], torch.nn.BatchNorm1d) and not predictor[-1].affine
 
 
 def test_the_noise_control_leaves_out_the_penalty_alone() -> None:

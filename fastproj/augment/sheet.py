@@ -18,8 +18,7 @@ def contact_sheet(views: Sequence[Tensor]) -> Tensor:
     """
     side = max(part.shape[-1] for part in views)
     padded = [
-        pad(part, (0, side - part.shape[-1], 0, side - part.shape[-2]), value=1.0)
-        for part in views
+        pad(part, (0, side - part.shape[-1], 0, side - part.shape[-2]), value=1.0) for part in views
     ]
     cells = torch.cat(padded).transpose(0, 1)  # (n, V, 3, side, side)
     sheet = make_grid(cells.flatten(0, 1), nrow=cells.shape[1], padding=GAP, pad_value=1.0)

@@ -25,7 +25,7 @@ from fastproj.evaluation.probes.common import stratified_split
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.sgd import linear_probe
 from fastproj.loaders import Center, Crop, open_loader
-from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.models.encoders import build_encoder, num_features
 from fastproj.models.projector import Projector, build_projector
 from fastproj.objective import build_objective
 from fastproj.training.learner import Learner
@@ -48,11 +48,11 @@ class Job:
     encoder: str
     plan: Plan
 
-    def build(self, seed: int) -> tuple[Encoder, Projector]:
+    def build(self, seed: int) -> tuple[nn.Module, Projector]:
         """Encoder and projector with the weights of ``seed``."""
         torch.manual_seed(seed)
         encoder = build_encoder(self.encoder, "cifar")
-        return encoder, build_projector("mlp", encoder.num_features, hidden=512, out=128)
+        return encoder, build_projector("mlp", num_features(encoder), hidden=512, out=128)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return build_optimizer("sgd", groups, RATE * self.batch / 256, momentum=MOMENTUM)

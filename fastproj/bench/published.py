@@ -18,7 +18,7 @@ from fastproj.evaluation.crops import crops_probe
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes.common import stratified_split
 from fastproj.loaders import Crop, open_loader
-from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.models.encoders import build_encoder, num_features
 
 RATES = (1.0, 0.1, 0.15, 0.3, 3.0, 30.0)  # as many as solo-learn's protocols have
 
@@ -72,19 +72,19 @@ def run(
 
 
 def _ours(
-    plan: Plan, beton: Beton, encoder: Encoder, batch: int, size: int, rates: Sequence[float],
+    plan: Plan, beton: Beton, encoder: nn.Module, batch: int, size: int, rates: Sequence[float],
     precision: torch.dtype,
 ) -> Callable[[], object]:  # fmt: skip
     loader = open_loader(beton, [Crop(size)], batch, device=plan.device, workers=plan.workers)
     classes = len(beton.classes)
-    val = Features(torch.zeros(classes, encoder.num_features), torch.arange(classes))
+    val = Features(torch.zeros(classes, num_features(encoder)), torch.arange(classes))
     return lambda: crops_probe(
         encoder, loader, val, classes, learning_rates=rates, epochs=1, precision=precision
     )
 
 
 def _plain(
-    plan: Plan, beton: Beton, encoder: Encoder, batch: int, size: int
+    plan: Plan, beton: Beton, encoder: nn.Module, batch: int, size: int
 ) -> Callable[[], object]:
     device, manifest = plan.device, beton.manifest
     transform = tv.Compose(
@@ -99,7 +99,7 @@ def _plain(
         RawImages(beton, transform), batch_size=batch, shuffle=True, drop_last=True,
         num_workers=plan.workers, persistent_workers=True, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    head = nn.Linear(encoder.num_features, len(beton.classes)).to(device)
+    head = nn.Linear(num_features(encoder), len(beton.classes)).to(device)
     optimizer = torch.optim.SGD(head.parameters(), RATES[0], momentum=0.9)
 
     def epoch() -> None:

@@ -14,7 +14,7 @@ from fastproj.bench import Engine, Plan, Row, compare
 from fastproj.data.beton import Beton
 from fastproj.loaders import Crop, Loader, open_loader
 from fastproj.loaders.resident import is_uniform
-from fastproj.models.encoders import build_encoder
+from fastproj.models.encoders import build_encoder, num_features
 from fastproj.models.projector import build_projector
 from fastproj.objective import build_objective
 from fastproj.training.learner import Learner
@@ -66,7 +66,7 @@ def simclr(beton: Beton, loader: Loader, encoder: str) -> Trainer:
     """A trainer of SimCLR with the default projector, LARS and the online probe."""
     torch.manual_seed(0)
     body = build_encoder(encoder, "cifar")
-    head = build_projector("mlp", body.num_features)
+    head = build_projector("mlp", num_features(body))
     objective = build_objective("simclr", head.out_features)
     learner = Learner(body, head, objective, len(beton.classes)).to(loader.device)
     groups = [*parameter_groups([body, head], 1e-4), probe_group(learner.probe, 0.1)]

@@ -64,14 +64,21 @@ def load_code(pretrained: Pretrained) -> dict[str, str]:
     """Python that loads ``model.safetensors`` with each library that can: library -> code.
 
     Each defines ``model``, which maps normalized images (N, 3, h, w) to features (N, d).
-    torchvision and timm are there where torchvision has a model of the encoder's name with the same
-    weights apart from its classifier and the CIFAR stem.
+    timm is there for its own models; torchvision and timm are there where torchvision has a model
+    of the encoder's name with the same weights apart from its classifier and the CIFAR stem.
     """
     name, stem = pretrained.encoder, pretrained.stem
     ours = (
         "from fastproj.evaluation.pretrained import load_pretrained\n\n"
         'model = load_pretrained("model.safetensors").build().eval()\n'
     )
+    if name.startswith("timm:"):
+        timm = f'timm.create_model("{name.partition(":")[2]}", num_classes=0{_size(pretrained)})'
+        return {
+            "timm": "import timm\nfrom safetensors.torch import load_file\n\n"
+            f'model = {timm}\nmodel.load_state_dict(load_file("model.safetensors"))\nmodel.eval()\n',
+            "fastproj": ours,
+        }
     if not _is_torchvisions(name, stem, pretrained.weights):
         return {"fastproj": ours}
     change = ""
@@ -98,7 +105,20 @@ def load_code(pretrained: Pretrained) -> dict[str, str]:
     return {"torchvision": torchvision, "timm": timm, "fastproj": ours}
 
 
-def _is_torchvisions(name: str, stem: str, weights: Mapping[str, Tensor]) -> bool:
+def _size(pretrained: Pretrained) -> str:
+    """The argument that builds a model of timm for images of this size, where it has a choice."""
+    import timm
+
+    try:
+        timm.create_model(
+            pretrained.encoder.partition(":")[2], num_classes=0, img_size=pretrained.size
+        )
+    except TypeError:
+        return ""
+    return f", img_size={pretrained.size}"
+
+
+def _is_torchvisions(name: str, stem: str | None, weights: Mapping[str, Tensor]) -> bool:
     if name not in models.list_models(module=models):
         return False
     theirs = models.get_model(name, weights=None).state_dict()
@@ -161,7 +181,9 @@ def _head(pretrained: Pretrained, facts: Facts) -> str:
 
 def _table(pretrained: Pretrained, facts: Facts) -> str:
     settings = facts.settings
-    stem = STEMS.get(pretrained.stem, pretrained.stem)
+    stem = f"for images of {pretrained.size} × {pretrained.size} pixels"
+    if pretrained.stem is not None:
+        stem = STEMS[pretrained.stem]
     if pretrained.stem == "cifar":
         stem = stem.format(_padding(pretrained))
     counted = sum(p.numel() for p in pretrained.build().parameters())
@@ -194,8 +216,9 @@ def _loading(pretrained: Pretrained, facts: Facts) -> str:
     for library, code in load_code(pretrained).items():
         parts.append(f"{library}:\n\n```python\n{code}```\n")
     if facts.onnx is not None:
+        size = ", height and width too" if pretrained.size is None else ""
         parts.append(
-            f"ONNX (opset {OPSET}; batch, height and width may be any), here in ONNX Runtime:\n\n"
+            f"ONNX (opset {OPSET}; the batch may be any{size}), here in ONNX Runtime:\n\n"
             "```python\nimport onnxruntime\n\n"
             'session = onnxruntime.InferenceSession("model.onnx")\n'
             '(features,) = session.run(None, {"images": images})'

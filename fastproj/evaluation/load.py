@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastproj.core.errors import InputError
-from fastproj.evaluation.architectures import Architecture, build_architecture, is_resnet, of_resnet
+from fastproj.core.errors import InputError, SettingError
 from fastproj.evaluation.pretrained import (
     Pretrained,
     is_checkpoint,
@@ -18,8 +17,14 @@ from fastproj.evaluation.pretrained import (
     load_pretrained,
     of_checkpoint,
 )
+from fastproj.evaluation.resnets import is_resnet, of_resnet
 from fastproj.evaluation.weights import as_state, describe, find_weights, groups, read_weights
-from fastproj.models.encoders import build_encoder
+from fastproj.models.architectures import (
+    Architecture,
+    build_architecture,
+    is_address,
+    output_width,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ def load_encoder(
     ``SettingError`` for a name that does not exist.
     """
     if name is not None:
+        if not is_address(name):
+            raise SettingError(
+                f"eval.encoder: no {name!r}; give timm:NAME, torchvision:NAME or "
+                "package.module:function; a run folder or a ResNet's checkpoint needs none"
+            )
         built = build_architecture(name, size)
         again = partial(build_architecture, name, size)
         if path is not None:
@@ -77,10 +87,10 @@ def load_encoder(
         return _loaded(built, again, "as the function gives them")
     assert path is not None  # a command finds one, or has refused
     if is_export(path):
-        return _of_ours(load_pretrained(path))
+        return _of_ours(load_pretrained(path), size)
     state = read_weights(path)
     if is_checkpoint(state):
-        return _of_ours(of_checkpoint(state, path))
+        return _of_ours(of_checkpoint(state, path), size)
     group = next((g for g in groups(state) if is_resnet(g)), None)
     if group is None:
         raise InputError(
@@ -109,14 +119,21 @@ def _loaded(built: Architecture, again: Callable[[], Architecture], weights: str
     )  # fmt: skip
 
 
-def _of_ours(found: Pretrained) -> LoadedEncoder:
+def _of_ours(found: Pretrained, size: int | None) -> LoadedEncoder:
+    module = found.build()
+    about: Mapping[str, Any] = {"name": found.encoder, "stem": found.stem}
+    if is_address(found.encoder):
+        about = build_architecture(found.encoder, found.size).about
+        if size is not None:
+            output_width(module, found.encoder, size)
     return LoadedEncoder(
-        found.build(),
-        {"name": found.encoder, "stem": found.stem},
+        module,
+        about,
         "of the checkpoint",
-        partial(build_encoder, found.encoder, found.stem),
+        found.build_at_random,
         found.mean,
         found.std,
+        found.size,
         projector=found.build_projector(),
         step=found.step,
         epoch=found.epoch,

@@ -16,13 +16,18 @@ BATCHES = (1, 3)  # images in the batches that are compared
 
 
 def save_onnx(
-    encoder: nn.Module, path: Path, size: int, about: Mapping[str, str] | None = None
+    encoder: nn.Module,
+    path: Path,
+    size: int,
+    about: Mapping[str, str] | None = None,
+    any_size: bool = True,
 ) -> float:
     """Write ``encoder`` to ``path`` as ONNX, opset ``OPSET``; returns the largest difference.
 
-    Input ``images``: float32 (batch, 3, height, width), normalized, where batch, height and width
-    may be any; output ``features``: float32 (batch, d). ``encoder`` lies on the CPU; ``size``: side
-    of the images that it is compared on, pixels; ``about`` becomes the file's metadata.
+    Input ``images``: float32 (batch, 3, height, width), normalized, where the batch may be any, and
+    with ``any_size`` height and width, otherwise ``size``; output ``features``: float32 (batch, d).
+    ``encoder`` lies on the CPU; ``size``: side of the images that it is compared on, pixels;
+    ``about`` becomes the file's metadata.
 
     Before the file is written, ONNX Runtime's features of random images are compared with
     torch's. Raises ``InputError`` where they differ by more than ``TOLERANCE``, where the encoder
@@ -41,7 +46,7 @@ def save_onnx(
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["features"],
-                dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+                dynamic_shapes=({0: "batch"} | ({2: "height", 3: "width"} if any_size else {}),),
                 verbose=False,
             )
         except RuntimeError as error:  # the exporter's own; of an encoder of a plugin

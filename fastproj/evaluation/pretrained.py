@@ -13,28 +13,32 @@ from torch import Tensor, nn
 
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing
-from fastproj.models.encoders import Encoder, build_encoder
+from fastproj.models.architectures import is_address
+from fastproj.models.encoders import build_encoder, num_features
 from fastproj.models.finite import require_finite
 from fastproj.models.projector import Projector, build_projector
 from fastproj.runs import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 EXPORT = ".safetensors"  # how an export's name ends
-ABOUT = ("encoder", "stem", "mean", "std", "step", "epoch")  # its metadata
+ABOUT = ("encoder", "stem", "size", "mean", "std", "step", "epoch")  # its metadata
+ONE_OF = {"stem", "size"}  # an encoder of ours has a stem, another library's a size
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """Weights of an encoder and what they expect.
 
-    ``encoder`` and ``stem``: its architecture, as ``build_encoder`` names it. ``mean`` and ``std``:
-    per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was trained.
-    ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and the
+    ``encoder``, ``stem`` and ``size``: its architecture, as ``build_encoder`` names it. An encoder
+    of ours has no ``size``, one of another library, which may be built for one, has no ``stem``.
+    ``mean`` and ``std``: per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was
+    trained. ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and the
     projector's weights; ``data``: the SHA-256 of the training samples. An export has none of these.
     """
 
     encoder: str
-    stem: str
+    stem: str | None
+    size: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int
@@ -45,14 +49,16 @@ class Pretrained:
     projector: Mapping[str, Tensor] | None = None
     data: str | None = None
 
-    def build(self) -> Encoder:
+    def build(self) -> nn.Module:
         """The encoder with these weights, on the CPU.
 
         Raises ``InputError`` where weights are missing, too many, of another shape or not finite.
         """
-        return _filled(
-            build_encoder(self.encoder, self.stem), self.weights, f"{self.file}: its encoder"
-        )
+        return _filled(self.build_at_random(), self.weights, f"{self.file}: its encoder")
+
+    def build_at_random(self) -> nn.Module:
+        """The encoder with new random weights, on the CPU."""
+        return build_encoder(self.encoder, self.stem or "cifar", self.size)  # one of them is read
 
     def build_projector(self) -> Projector | None:
         """The projector with its weights, on the CPU; None where the file has none."""
@@ -63,9 +69,7 @@ class Pretrained:
             for name, value in self.settings.items()
             if name.startswith("projector.")
         }
-        projector = build_projector(
-            told.pop("kind"), build_encoder(self.encoder, self.stem).num_features, **told
-        )
+        projector = build_projector(told.pop("kind"), num_features(self.build_at_random()), **told)
         return _filled(projector, self.projector, f"{self.file}: its projector")
 
 
@@ -118,9 +122,11 @@ def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
     """
     try:
         made = state["settings"]
+        encoder = made["model.encoder"]
         return Pretrained(
-            encoder=made["model.encoder"],
-            stem=made["model.stem"],
+            encoder=encoder,
+            stem=made.get("model.stem"),
+            size=made["views.size"] if is_address(encoder) else None,
             weights=state["encoder"],
             file=path,
             settings=made,
@@ -134,14 +140,15 @@ def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
 
 
 def save_pretrained(pretrained: Pretrained, path: Path) -> None:
-    """Write an export: the weights under torchvision's names, all else as metadata.
+    """Write an export: the weights under their library's names, all else as metadata.
 
     The metadata has a SHA-256 of it all as well: safetensors itself has no checksum. Raises
     ``InputError`` where the file cannot be written, and as ``Pretrained.build`` does.
     """
     pretrained.build()  # what is missing or not finite is not exported
     weights = {name: tensor.contiguous() for name, tensor in pretrained.weights.items()}
-    about = {name: str(getattr(pretrained, name)) for name in ABOUT}
+    given = {name: getattr(pretrained, name) for name in ABOUT}
+    about = {name: str(value) for name, value in given.items() if value is not None}
     with replacing(path) as file:
         file.write(save(weights, metadata=about | {"sha256": _digest(about, weights)}))
 
@@ -155,7 +162,7 @@ def _load_export(path: Path) -> Pretrained:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path} is a damaged export ({error}): export the run again") from None
-    missing = {*ABOUT, "sha256"} - about.keys()
+    missing = {*ABOUT, "sha256"} - about.keys() - (ONE_OF if about.keys() & ONE_OF else set())
     if missing:
         raise InputError(
             f"{path} is no export of fastproj, its metadata lacks {', '.join(sorted(missing))}: "
@@ -167,7 +174,8 @@ def _load_export(path: Path) -> Pretrained:
         )
     return Pretrained(
         encoder=about["encoder"],
-        stem=about["stem"],
+        stem=about.get("stem"),
+        size=ast.literal_eval(about.get("size", "None")),
         weights=weights,
         file=path,
         **{name: ast.literal_eval(about[name]) for name in ("mean", "std", "step", "epoch")},
@@ -176,7 +184,8 @@ def _load_export(path: Path) -> Pretrained:
 
 def _digest(about: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over the metadata ``ABOUT`` and each tensor's name and bytes, by name."""
-    digest = hashlib.sha256(repr([about[name] for name in ABOUT]).encode())
+    known = [about[name] for name in ABOUT if name in about]
+    digest = hashlib.sha256(repr(known).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())

@@ -15,7 +15,6 @@ from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
-from fastproj.evaluation.architectures import IMAGENET
 from fastproj.evaluation.depths import depths_of
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features
@@ -25,6 +24,7 @@ from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.evaluation.published import BATCH_SIZES
 from fastproj.evaluation.results import Row
 from fastproj.evaluation.sets import Sets
+from fastproj.models.architectures import IMAGENET
 
 Scored = list[tuple[Row, ProbeResult]]
 ALL = "all"  # of ``depths``: each that the encoder has

@@ -1,4 +1,4 @@
-"""Encoders: torchvision's ResNets without their classifier, and one small enough for a CPU."""
+"""Encoders: torchvision's ResNets without their classifier, a small one, other libraries'."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -7,10 +7,17 @@ from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet, conv1x1
 
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.models import ENCODERS
+from fastproj.models.architectures import (
+    build_architecture,
+    first_patches,
+    is_address,
+    output_width,
+)
 
 STEMS = ("imagenet", "cifar")
+DEFAULT_SIZE = 224  # pixels: of a function's module, which says nothing
 
 
 class Encoder(nn.Sequential):
@@ -83,13 +90,52 @@ def resnet_small(stem: str) -> Encoder:
     return encoder
 
 
-def build_encoder(name: str, stem: str) -> Encoder:
-    """A new, randomly initialized encoder: ``name`` of ``ENCODERS``, ``stem`` of ``STEMS``.
+def build_encoder(name: str, stem: str = "cifar", size: int | None = None) -> nn.Module:
+    """A new, randomly initialized encoder: images (N, 3, h, w) -> features (N, ``num_features``).
 
-    Stem ``imagenet`` is torchvision's (7×7 stride 2, max-pool: for images of about 224 pixels);
-    stem ``cifar`` is 3×3 stride 1 without max-pool (for about 32 pixels). Residual branches are not
-    zero-initialized: the authors' code does not. Raises ``SettingError`` for any other name.
+    ``name``: of the table ``ENCODERS``, with ``stem`` of ``STEMS``; or ``timm:NAME``,
+    ``torchvision:NAME``, ``package.module:function``, without their classifier, for images of
+    ``size`` pixels (None: the size that the library says). Stem ``imagenet`` is torchvision's (7×7
+    stride 2, max-pool: for images of about 224 pixels); stem ``cifar`` is 3×3 stride 1 without
+    max-pool (for about 32 pixels). Our residual branches are not zero-initialized: the authors'
+    code does not. Raises ``SettingError`` for any other name, ``InputError`` for a size that the
+    encoder does not take.
     """
+    if is_address(name):
+        built = build_architecture(name, size)
+        module, side = built.module, size or built.size or DEFAULT_SIZE
+        width = output_width(module, name, side)
+        if getattr(module, "num_features", None) != width:  # timm's may be that before the head
+            module.num_features = width  # type: ignore[assignment]
+        return module
     if stem not in STEMS:
         raise SettingError(f"model.stem: no {stem!r}; choose one of {', '.join(STEMS)}")
     return ENCODERS[name](stem)
+
+
+def num_features(encoder: nn.Module) -> int:
+    """The width of the encoder's output, its attribute of this name.
+
+    Raises ``InputError`` for a module without it.
+    """
+    width = getattr(encoder, "num_features", None)
+    if not isinstance(width, int):
+        raise InputError(
+            f"the encoder {type(encoder).__name__} has no num_features: set this attribute to "
+            "the width of its output, as timm's models have it"
+        )
+    return width
+
+
+def freeze_patch_embedding(encoder: nn.Module) -> None:
+    """Leave the first layer of a ViT as it was initialized [MoCo v3, arXiv 2104.02057, section 4].
+
+    Raises ``InputError`` for an encoder whose first convolution does not cut patches.
+    """
+    patches = first_patches(encoder)
+    if patches is None:
+        raise InputError(
+            f"model.freeze_patch_embedding: {type(encoder).__name__} has no patch embedding; "
+            "leave it out"
+        )
+    patches.requires_grad_(False)

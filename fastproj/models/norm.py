@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastproj.core import dist
+from fastproj.core.errors import InputError
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -49,18 +50,38 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """The same, then the modules ``drop`` and ``act``, as timm's ``BatchNormAct2d`` has them."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def synchronize(module: nn.Module) -> None:
     """Replace every batch normalization below ``module`` by ``SyncBatchNorm``, in place.
 
-    Parameters and buffers stay the same objects with the same names.
+    Parameters and buffers stay the same objects with the same names. Raises ``InputError`` for a
+    batch norm that computes something else as well.
     """
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            sync = SyncBatchNorm(
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            kind: type[SyncBatchNorm] = SyncBatchNorm
+            if all(isinstance(getattr(child, part, None), nn.Module) for part in ("drop", "act")):
+                kind = SyncBatchNormAct
+            elif type(child).forward is not _BatchNorm.forward:
+                raise InputError(
+                    f"model.sync_bn: {name} is a {type(child).__name__}, which computes more than "
+                    "batch norm: set model.sync_bn false"
+                )
+            sync = kind(
                 child.num_features, child.eps, child.momentum, child.affine,
                 child.track_running_stats,
             )  # fmt: skip
             sync._parameters, sync._buffers = child._parameters, child._buffers
+            sync._modules = child._modules
             setattr(module, name, sync.train(child.training))
         else:
             synchronize(child)

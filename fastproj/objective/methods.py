@@ -233,8 +233,9 @@ class MocoV2Plus(QueueObjective):
 class MocoV3(Predicting):
     """MoCo v3 [arXiv 2104.02057]: a predictor, a momentum encoder, negatives of the batch.
 
-    The predictor is the authors' and solo-learn's for a ResNet: no batch norm after its last layer,
-    which only a ViT's has. Their projector ends in one (``build_projector``'s ``output_norm``).
+    The predictor is the authors' and solo-learn's. ``predictor_norm``: it ends in a batch norm
+    without scale and shift, as the authors' for a ViT does, and not that for a ResNet. Their
+    projector ends in one for both (``build_projector``'s ``output_norm``).
     """
 
     teacher = True
@@ -244,6 +245,7 @@ class MocoV3(Predicting):
         width: int,
         temperature: float = 0.2,
         predictor_hidden: int = 4096,
+        predictor_norm: bool = False,
         momentum: float = 0.99,
         momentum_end: float = 1.0,
     ) -> None:
@@ -251,6 +253,8 @@ class MocoV3(Predicting):
         self.temperature = temperature
         self.momentum, self.momentum_end = momentum, momentum_end
         self.predictor = predictor(width, predictor_hidden, bias=False)
+        if predictor_norm:
+            self.predictor.append(nn.BatchNorm1d(width, affine=False))
 
     def forward(self, z: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None

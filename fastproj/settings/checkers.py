@@ -204,6 +204,21 @@ class Key(Choice):
         return text if text in self.choices else super().parse(text)
 
 
+class KeyOrAddress(Key):
+    """A name in a room's table, ``LIBRARY:NAME`` or ``package.module:function``."""
+
+    def __init__(self, address: str, *libraries: str):
+        super().__init__(address)
+        self.libraries = libraries
+
+    def parse(self, text: str) -> str:
+        return text if re.fullmatch(r"[\w.]+:[\w./-]+", text) else super().parse(text)
+
+    def help(self) -> str:
+        addresses = [f"{library}:NAME" for library in self.libraries]
+        return " | ".join([super().help(), *addresses, "package.module:function"])
+
+
 class Keys(Key):
     """One or more different names in a room's table: a tuple of them; ``logistic,knn``."""
 

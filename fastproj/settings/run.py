@@ -10,6 +10,7 @@ from fastproj.settings.checkers import (
     Floats,
     Int,
     Key,
+    KeyOrAddress,
     Keys,
     OrNull,
     Schedule,
@@ -31,6 +32,14 @@ _signed_schedule = Schedule()
 _area = Float(above=0, high=1)
 
 _auto_engine = Needs("data.engine is auto", ("data.engine",), lambda engine: engine == "auto")
+_ours = Needs(
+    "model.encoder is a name without a colon", ("model.encoder",), lambda name: ":" not in name
+)
+_theirs = Needs(
+    "model.encoder is timm:NAME, torchvision:NAME or package.module:function",
+    ("model.encoder",),
+    lambda name: ":" in name,
+)
 _local = Needs("views.local_crops is above 0", ("views.local_crops",), bool)
 _latents = Needs("projector.latents is a number", ("projector.latents",), bool)
 _information = Needs("matrix_information.weight is above 0", ("matrix_information.weight",), any)
@@ -118,8 +127,15 @@ class Views:
 class Model:
     """the encoder"""
 
-    encoder: str = setting(Key("fastproj.models:ENCODERS"), "architecture", "resnet18")
-    stem: str = setting(Choice("cifar", "imagenet"), "first layers: small images or large", "cifar")
+    encoder: str = setting(
+        KeyOrAddress("fastproj.models:ENCODERS", "timm", "torchvision"), "architecture", "resnet18"
+    )
+    stem: str = setting(
+        Choice("cifar", "imagenet"), "first layers: small images or large", "cifar", needs=_ours
+    )
+    freeze_patch_embedding: bool = setting(
+        Bool(), "leave a ViT's first layer as it was initialized", False, needs=_theirs
+    )
     sync_bn: bool = setting(Bool(), "batch statistics over all ranks", False)
     bn_per_view: bool = setting(
         Bool(), "batch statistics of each view on its own, as in most published code", False
@@ -218,6 +234,9 @@ class Objective:
         variance=Declared(_not_negative, "vicreg: weight of the variance hinge", 25.0),
         covariance=Declared(_not_negative, "vicreg: weight of the covariances", 1.0),
         predictor_hidden=Declared(_count, "byol, simsiam, mocov3: width of the predictor", 4096),
+        predictor_norm=Declared(
+            Bool(), "mocov3: batch norm after the predictor, without scale and shift", False
+        ),
         momentum=Declared(_share, "byol, moco: of the momentum encoder, at the first step", 0.99),
         momentum_end=Declared(_share, "byol, moco: the same at the last step, along a cosine", 1.0),
         queue=Declared(Int(0), "mocov2plus, swav: samples remembered; 0: none", 0),

@@ -130,9 +130,7 @@ def _row(plan: Plan, arm: Arm, dataset: str, by_arm: Mapping[str, Any]) -> dict[
     return row
 
 
-def every_metric(
-    plan: Plan, dataset: str, scores: Mapping[Job, Score]
-) -> list[dict[str, Any]]:
+def every_metric(plan: Plan, dataset: str, scores: Mapping[Job, Score]) -> list[dict[str, Any]]:
     """One row per arm and metric of one set, in points: also those that do not decide.
 
     Gains are paired by seed with the baseline; nothing corrects for how many there are.

@@ -15,7 +15,8 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.core.machine import cores
 from fastproj.data.beton import Beton, open_beton
 from fastproj.loaders import Crop, Loader, open_loader
-from fastproj.models.encoders import build_encoder
+from fastproj.models.architectures import is_address, output_width
+from fastproj.models.encoders import build_encoder, freeze_patch_embedding, num_features
 from fastproj.models.noise import Noise
 from fastproj.models.norm import synchronize
 from fastproj.models.projector import Projector, build_projector
@@ -43,10 +44,11 @@ def build_trainer(settings: Settings, rank: dist.Rank, device: torch.device) -> 
         )
     crops = build_crops(settings, 0)
     augmentations = build_augmentations(settings, beton, crops)
-    if len(beton.classes) < 2:
-        raise InputError(f"{beton.path} has {len(beton.classes)} class: probing needs at least 2")
-    learner = build_learner(settings, len(beton.classes)).to(device)
     unlabeled = int((beton.label < 0).sum())
+    if len(beton.classes) < 2 and unlabeled < len(beton):
+        raise InputError(f"{beton.path} has {len(beton.classes)} class: probing needs at least 2")
+    # Without labels the online probe exists all the same, and never trains.
+    learner = build_learner(settings, max(1, len(beton.classes))).to(device)
     if learner.objective.needs_labels and unlabeled:
         raise InputError(
             f"objective {settings.objective.name} needs labels, and {unlabeled} of {len(beton)} "
@@ -85,11 +87,11 @@ def build_trainer(settings: Settings, rank: dist.Rank, device: torch.device) -> 
 def build_learner(settings: Settings, classes: int) -> Learner:
     """The model that the settings describe, initialized from ``run.seed``."""
     torch.manual_seed(settings.run.seed)
-    encoder = build_encoder(settings.model.encoder, settings.model.stem)
+    encoder = build_run_encoder(settings)
     head, noise = settings.projector, settings.superfluous
     projector = build_projector(
         head.kind,
-        encoder.num_features,
+        num_features(encoder),
         latents=head.latents,
         k=head.k,
         levels=head.levels,
@@ -107,10 +109,31 @@ def build_learner(settings: Settings, classes: int) -> Learner:
         projector,
         objective,
         classes,
-        None if noise.noise == "none" else Noise(encoder.num_features, noise.noise, noise.sigma),
+        None if noise.noise == "none" else Noise(num_features(encoder), noise.noise, noise.sigma),
         build_penalties(settings, projector),
         settings.model.bn_per_view,
     )
+
+
+def build_run_encoder(settings: Settings) -> nn.Module:
+    """The encoder, once it is known to take crops of every size that the run and its probes use."""
+    model, views = settings.model, settings.views
+    encoder = build_encoder(model.encoder, model.stem, views.size)
+    if is_address(model.encoder):
+        epochs = range(settings.optim.epochs)
+        sizes = {crop.size for epoch in epochs for crop in build_crops(settings, epoch)}
+        if settings.train.online_every and settings.eval.size:
+            sizes.add(settings.eval.size)
+        for size in sorted(sizes - {views.size}):
+            output_width(encoder, model.encoder, size)
+    if model.freeze_patch_embedding:
+        freeze_patch_embedding(encoder)
+    return encoder
+
+
+def run_stem(settings: Settings) -> str | None:
+    """The stem of an encoder of ours; another library's has its own first layers."""
+    return None if is_address(settings.model.encoder) else settings.model.stem
 
 
 def penalty_weights(settings: Settings) -> dict[str, tuple[float, ...]]:
@@ -168,9 +191,7 @@ def build_crops(settings: Settings, epoch: int) -> list[Crop]:
             raise InputError(
                 f"views.{low} {getattr(views, low)} is above views.{high} {getattr(views, high)}"
             )
-    size = crop_size(
-        epoch, settings.optim.epochs, views.size_start, views.size, settings.model.stem
-    )
+    size = crop_size(epoch, settings.optim.epochs, views.size_start, views.size, run_stem(settings))
     large = Crop(size, LARGE, (views.scale_min, views.scale_max))
     scale = (views.local_scale_min, views.local_scale_max)
     small = [Crop(views.local_size, views.local_crops, scale)] if views.local_crops else []

@@ -5,13 +5,11 @@ import numpy as np
 from fastproj.core.errors import InputError
 
 STAGES = 4  # number of sizes of growing crops, including the first and the last
-GRID = {
-    "cifar": 4,
-    "imagenet": 32,
-}  # pixels, per stem: sizes between first and last are multiples of it
+# Pixels, per stem: sizes between first and last are multiples of it. None: another library's.
+GRID = {"cifar": 4, "imagenet": 32, None: 32}
 
 
-def crop_size(epoch: int, epochs: int, first: int | None, last: int, stem: str = "cifar") -> int:
+def crop_size(epoch: int, epochs: int, first: int | None, last: int, stem: str | None) -> int:
     """Side in pixels of the large crops in ``epoch`` (from 0) of ``epochs``.
 
     It is always ``last``, or grows from ``first`` to ``last`` in ``STAGES`` equal parts of the run.
@@ -30,25 +28,25 @@ def crop_size(epoch: int, epochs: int, first: int | None, last: int, stem: str =
     return {0: first, STAGES - 1: last}.get(stage, min(max(between, first), last))
 
 
-def misfit(width: np.ndarray, height: np.ndarray, size: int, stem: str) -> str | None:
+def misfit(width: np.ndarray, height: np.ndarray, size: int, stem: str | None) -> str | None:
     """One line with better settings if crop size or stem do not fit the images, otherwise None.
 
     ``width``, ``height``: of the stored images, pixels (N,); ``size``: side of the large crops. The
     median shorter side decides. Crops of photographs (128 pixels and more) should have at least 96
     pixels; crops of small images should enlarge them at most twice. The CIFAR stem, which keeps the
     resolution, is for crops of at most 96 pixels; the ImageNet stem, which quarters it, for 64 and
-    more.
+    more. ``stem`` None: an encoder of another library, whose first layers are its own.
     """
     side = int(np.median(np.minimum(width, height)))
     small = side < 128
     fits = side // 2 <= size <= 2 * side if small else 96 <= size <= 2 * side
-    if fits and (size <= 96 if stem == "cifar" else size >= 64):
+    if fits and (stem is None or (size <= 96 if stem == "cifar" else size >= 64)):
         return None
     if small:
         wanted, wanted_stem = max(8, min(side, 64) // 4 * 4), "cifar"
     else:
         wanted, wanted_stem = 224 if side >= 192 else 128, "imagenet"
-    return (
-        f"views.size {size} with model.stem {stem} does not fit images of {side} pixels (median "
-        f"shorter side): consider --views.size {wanted} --model.stem {wanted_stem}"
-    )
+    given, better = f"views.size {size}", f"--views.size {wanted}"
+    if stem is not None:
+        given, better = f"{given} with model.stem {stem}", f"{better} --model.stem {wanted_stem}"
+    return f"{given} does not fit images of {side} pixels (median shorter side): consider {better}"

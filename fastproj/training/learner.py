@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastproj.core.errors import InputError
+from fastproj.models.encoders import num_features
 from fastproj.models.noise import Noise
 from fastproj.models.norm import on_views
 from fastproj.models.projector import as_projector
@@ -83,17 +83,12 @@ class Learner(nn.Module):
         bn_per_view: bool = False,
     ) -> None:
         super().__init__()
-        num_features = getattr(encoder, "num_features", None)
-        if not isinstance(num_features, int):
-            raise InputError(
-                f"the encoder {type(encoder).__name__} has no num_features: set this attribute to "
-                "the width of its output, as timm's models have it"
-            )
-        self.encoder, self.projector = encoder, as_projector(projector, num_features)
+        width = num_features(encoder)
+        self.encoder, self.projector = encoder, as_projector(projector, width)
         self.objective = as_objective(objective)
         self.bn_per_view = self.objective.bn_per_view = bn_per_view
         self.noise, self.penalties = noise, dict(penalties or {})
-        self.probe = nn.Linear(num_features, classes)
+        self.probe = nn.Linear(width, classes)
         self.teacher: nn.Sequential | None = None
         if self.objective.teacher:
             self.teacher = nn.Sequential(copy.deepcopy(encoder), copy.deepcopy(self.projector))

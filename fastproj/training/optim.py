@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.models.architectures import undecayed
 from fastproj.training import OPTIMIZERS
 
 Group = dict[str, Any]
@@ -22,16 +23,18 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
     Weight decay and LARS's scaling apply to matrices and filters, not to parameters of at most one
     dimension (biases, BatchNorm's scale and shift), as is usual with LARS [You et al. 2017, arXiv
-    1708.03888; Grill et al. 2020, arXiv 2006.07733, appendix J].
+    1708.03888; Grill et al. 2020, arXiv 2006.07733, appendix J], and not to ``undecayed`` ones.
     """
-    unique = dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad)
+    decayed: dict[nn.Parameter, None] = {}
+    plain: dict[nn.Parameter, None] = {}
+    for module in modules:
+        left_out = undecayed(module)
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                (decayed if p.ndim > 1 and name not in left_out else plain)[p] = None
     return [
-        {
-            "params": [p for p in unique if p.ndim > 1],
-            "weight_decay": weight_decay,
-            "adapt": True,
-        },
-        {"params": [p for p in unique if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": list(decayed), "weight_decay": weight_decay, "adapt": True},
+        {"params": list(plain), "weight_decay": 0.0, "adapt": False},
     ]
 
 
