@@ -12,36 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from fastproj.core.errors import InputError
-from fastproj.core.native import library, need_jpeg
+from fastproj.core.native import MESSAGE_BYTES, Batch, CropSpec, library, need_jpeg
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
 from fastproj.data.verify import FirstRead
-
-MESSAGE_BYTES = 200  # jpeglib.h's JMSG_LENGTH_MAX
-
-
-class _CropSpec(ctypes.Structure):
-    _fields_ = [
-        ("boxes", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("views", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-    ]
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "data", "positions", "mode", "width", "height", "pointer", "length"
-        )),
-        ("batch", ctypes.c_int64),
-        ("num_crops", ctypes.c_int64),
-        ("crops", ctypes.POINTER(_CropSpec)),
-        ("padded", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-    ]  # fmt: skip
 
 
 class Fill:
@@ -71,17 +45,17 @@ class Fill:
         targets = [crop.data_ptr() for crop in crops] if crops else [None] * len(boxes)
         sizes = [crop.shape[-1] if crops else 0 for crop in (crops or boxes)]
         specs = [
-            _CropSpec(box.ctypes.data, target, len(box), size)
+            CropSpec(box.ctypes.data, target, len(box), size)
             for box, target, size in zip(self._kept[0], targets, sizes, strict=True)
         ]
-        self._batch = _Batch(
+        self._batch = Batch(
             *(array.ctypes.data for array in (
                 beton.data, self.positions, beton.mode, beton.width, beton.height, beton.pointer,
                 beton.length,
             )),
             len(self.positions),
             len(specs),
-            (_CropSpec * len(specs))(*specs),
+            (CropSpec * len(specs))(*specs),
             padded.data_ptr() if padded is not None else None,
             *(padded.shape[1:3] if padded is not None else (0, 0)),
             0,

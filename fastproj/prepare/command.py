@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.core.machine import cores
 from fastproj.core.progress import Progress
 from fastproj.data.beton import open_beton
@@ -41,6 +41,16 @@ def _verify(path: str) -> int:
     return 1 if damages else 0
 
 
+def _listed(path: str | None) -> list[str] | None:
+    """The class names in a file, one per line; None without a file."""
+    if path is None:
+        return None
+    names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"data.classes {path}: lists no class; give one name per line")
+    return names
+
+
 def _write(settings: PrepareSettings, command: str) -> int:
     """Write every requested split and print one line for each."""
     data = settings.data
@@ -51,15 +61,25 @@ def _write(settings: PrepareSettings, command: str) -> int:
     kept = {"jpeg": ("quality", "max_resolution"), "square": ("side",)}.get(kind, ())
     store = Store(kind, **{name: getattr(data, name) for name in kept})
     out = make_folder(Path(data.out))
-    sources = open_sources(data.dataset, data.root, data.split, data.download)
+    sources = open_sources(
+        data.dataset,
+        data.root,
+        data.split,
+        data.download,
+        labels=data.labels,
+        classes=_listed(data.classes),
+        val_share=data.val_share,
+        seed=data.seed,
+    )
     with SplitWriter(store, data.workers or cores(), data.on_error == "skip") as writer:
         for source in sources:
             start = time.perf_counter()
             manifest = writer.write(source, out, data.dataset, command)
             seconds = time.perf_counter() - start
+            gray = f", {writer.gray:,} gray ones stored as RGB" if writer.gray else ""
             skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
             print(
-                f"{out / source.split}.beton: {manifest.samples:,} images{skipped}, "
+                f"{out / source.split}.beton: {manifest.samples:,} images{gray}{skipped}, "
                 f"{len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
                 f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
                 flush=True,

@@ -5,11 +5,13 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastproj.core.native import jpeg_damage
 from fastproj.data.layout import JPEG, LONGEST, RAW, sample_digest
 
 
@@ -47,25 +49,50 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def upright_rgb(item: str | np.ndarray) -> Image.Image:
-    """An image file or uint8 (H, W, 3) pixels as an 8-bit RGB image, rotated as its EXIF says.
+Item = str | bytes | np.ndarray
+"""An image: a file's path, a file's content, or uint8 pixels (H, W, 3), (H, W, 1) or (H, W)."""
+GRAY = ("1", "L", "LA", "La", "F")  # PIL's modes with one channel of color, besides the wide "I…"
 
-    PIL converts gray, palette and CMYK images; alpha is dropped, as torchvision's loaders do;
-    16-bit gray is scaled to 8 bits. Raises whatever PIL raises for a broken file.
+
+def _content(path: str) -> bytes:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+        raise ValueError("a pipe, socket or device, not a file")
+    return Path(path).read_bytes()
+
+
+def upright_rgb(item: Item) -> Image.Image:
+    """``item`` as an 8-bit RGB image, rotated as its EXIF says.
+
+    ``info["gray"]`` of the result says whether it was gray. PIL converts gray, palette and CMYK
+    images; alpha is dropped, as torchvision's loaders do; 16-bit gray is scaled to 8 bits. Raises
+    whatever PIL raises for a broken file, and ``ValueError`` for damage of which libjpeg only
+    warns, and for pixels of other channels.
     """
     if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    if not stat.S_ISREG(os.stat(item).st_mode):  # reading a pipe would wait for ever
-        raise ValueError("a pipe, socket or device, not a file")
-    with Image.open(item) as image:
+        if item.ndim == 3 and item.shape[2] == 1:
+            item = item[..., 0]
+        if item.ndim == 3 and item.shape[2] != 3:
+            raise ValueError(f"{item.shape[2]} channels; an image has 3 (RGB) or 1 (gray)")
+        image = Image.fromarray(item).convert("RGB")
+        image.info["gray"] = item.ndim == 2
+        return image
+    stored = item if isinstance(item, bytes) else _content(item)
+    with Image.open(io.BytesIO(stored)) as image:
         image.load()
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # libjpeg makes RGB
+            damage = jpeg_damage(stored, *image.size)
+            if damage:
+                raise ValueError(f"damaged JPEG: {damage}")
         upright = ImageOps.exif_transpose(image)
+    gray = upright.mode.startswith("I") or upright.mode in GRAY
     if upright.mode.startswith("I"):  # PIL's convert would clip 16 bits to 255: nearly all white
         wide = np.asarray(upright, np.int64).clip(0, 65535)
         upright = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     if upright.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
-    return upright.convert("RGB")
+    rgb = upright.convert("RGB")
+    rgb.info["gray"] = gray
+    return rgb
 
 
 def resized(image: Image.Image, store: Store) -> Image.Image:
@@ -106,18 +133,26 @@ def encode(image: Image.Image, label: int, store: Store) -> tuple[Stored, np.nda
     return Stored(data, *row, digest=sample_digest(data, *row)), histogram
 
 
-def encode_chunk(
-    items: Sequence[str | np.ndarray], labels: Sequence[int], store: Store
-) -> tuple[list[Stored | Unreadable], np.ndarray]:
-    """Encode a chunk of samples in order; also return their summed histogram, int64 (3, 256)."""
+class Chunk(NamedTuple):
+    """Encoded samples in order, their summed histogram, int64 (3, 256), how many were gray."""
+
+    results: list[Stored | Unreadable]
+    histogram: np.ndarray
+    gray: int
+
+
+def encode_chunk(items: Sequence[Item], labels: Sequence[int], store: Store) -> Chunk:
+    """Encode a chunk of samples."""
     results: list[Stored | Unreadable] = []
-    total = np.zeros((3, 256), np.int64)
+    total, gray = np.zeros((3, 256), np.int64), 0
     for item, label in zip(items, labels, strict=True):
         try:
-            stored, histogram = encode(upright_rgb(item), label, store)
+            image = upright_rgb(item)
+            stored, histogram = encode(image, label, store)
         except Exception as error:  # PIL raises nearly anything on a broken file
             results.append(Unreadable(str(error) or type(error).__name__))
             continue
         results.append(stored)
         total += histogram
-    return results, total
+        gray += bool(image.info["gray"])
+    return Chunk(results, total, gray)

@@ -1,48 +1,55 @@
 """Raw datasets as lists of images and labels, before anything is decoded."""
 
-import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastproj.core.errors import InputError
-from fastproj.core.table import Table
+from fastproj.core.table import Table, resolve
 
-IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
-IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
-STL10_CLASSES = (
-    "airplane",
-    "bird",
-    "car",
-    "cat",
-    "deer",
-    "dog",
-    "horse",
-    "monkey",
-    "ship",
-    "truck",
-)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-WNID = re.compile(r"n\d{8}")
+# The folder, file or column of each split goes by one of these names in other people's sets.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+FOLDERS = {name: split for split, names in SPLITS.items() for name in names}
+
+
+class Lazy(Sequence[Any]):
+    """Images that are read when they are asked for: ``read(position)`` of each of ``positions``.
+
+    ``read`` returns a file's content as bytes, or pixels: uint8 (H, W, 3) or (H, W).
+    """
+
+    def __init__(self, read: Callable[[int], bytes | np.ndarray], positions: Sequence[int]) -> None:
+        self.read, self.positions = read, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, chosen: Any) -> Any:
+        if isinstance(chosen, slice):
+            return [self.read(int(position)) for position in self.positions[chosen]]
+        return self.read(int(self.positions[chosen]))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self)))
 
 
 @dataclass(frozen=True)
 class Source:
     """One split: N images in a fixed order.
 
-    ``images[i]``: a file path or uint8 pixels (H, W, 3). ``labels``: int64 (N,), indices into
-    ``classes``, -1 for no label. ``names[i]``: where the image comes from, for messages; by
-    default its path, or its place in the split.
+    ``images[i]``: a file path, uint8 pixels (H, W, 3), or what ``Lazy`` reads. ``labels``: int64
+    (N,), indices into ``classes``, -1 for no label. ``names[i]``: where the image comes from, for
+    messages; by default its path, or its place in the split.
     """
 
     split: str
     classes: tuple[str, ...]
-    images: Sequence[str] | np.ndarray
+    images: Sequence[str] | np.ndarray | Lazy
     labels: np.ndarray
     names: Sequence[str] = ()
 
@@ -53,9 +60,25 @@ class Source:
             )
         object.__setattr__(self, "labels", np.asarray(self.labels, np.int64))
         if not self.names:
-            names = [x if isinstance(x, str) else f"{self.split}[{i}]"
-                     for i, x in enumerate(self.images)]  # fmt: skip
-            object.__setattr__(self, "names", names)
+            places = [f"{self.split}[{i}]" for i in range(len(self.images))]
+            if not isinstance(self.images, Lazy | np.ndarray):
+                places = [
+                    image if isinstance(image, str) else place
+                    for image, place in zip(self.images, places, strict=True)
+                ]
+            object.__setattr__(self, "names", places)
+
+    def at(self, positions: np.ndarray) -> "Source":
+        """The images at ``positions`` (int64, (n,)), in this order."""
+        images: Any = self.images
+        if isinstance(images, Lazy):
+            images = Lazy(images.read, [images.positions[i] for i in positions])
+        elif isinstance(images, np.ndarray):
+            images = images[positions]
+        else:
+            images = [images[i] for i in positions]
+        names = [self.names[i] for i in positions]
+        return replace(self, images=images, labels=self.labels[positions], names=names)
 
 
 def open_sources(
@@ -63,15 +86,40 @@ def open_sources(
     root: str | os.PathLike | None = None,
     split: str = "all",
     download: bool = False,
+    *,
+    labels: bool = True,
+    classes: Sequence[str] | None = None,
+    val_share: float = 0.0,
+    seed: int = 0,
 ) -> list[Source]:
     """The split ``split`` of ``dataset`` under ``root``, or every split for ``all``.
 
-    ``dataset``: a name in ``DATASETS``. ``download`` fetches the files into ``root`` first, where
-    torchvision can. Raises ``InputError`` if files or classes are missing.
+    Args:
+        dataset: a name in ``DATASETS``; or ``torchvision:NAME``; ``hf:NAME``, a set of images on
+            Hugging Face's hub; or ``package.module:function``, which is called without arguments
+            and returns a ``torch.utils.data.Dataset`` of (image, label), or a dict of those by
+            split.
+        root: the folder, or for ``csv`` and the archives also the file, that holds it.
+        download: fetch the files into ``root`` first, where torchvision or the hub can.
+        labels: False: every image is unlabeled (-1), and folders are no classes.
+        classes: only these, in this order.
+        val_share: fraction of the images of each class that becomes split ``val``, chosen by
+            ``seed``, where the set has no ``val`` of its own. The rest is split ``train``.
+
+    Raises ``InputError`` if files or classes are missing.
     """
-    if root is None and dataset != "digits":
+    library, _, name = dataset.partition(":")
+    if root is None and dataset != "digits" and not (name and library not in ADDRESSED):
         raise InputError(f"dataset {dataset} needs --data.root: the folder that holds it")
-    sources = DATASETS[dataset](Path(root or "."), split, download)
+    # A split that does not exist yet is cut from the others, so every one is read.
+    wanted = "all" if val_share else split
+    sources = _open(dataset)(Path(root or "."), wanted, download)
+    if not labels:
+        sources = [unlabeled(source) for source in sources]
+    if classes is not None:
+        sources = [of_classes(source, classes) for source in sources]
+    if val_share:
+        sources = held_out(sources, val_share, seed)
     chosen = [source for source in sources if split in ("all", source.split)]
     if not chosen:
         there = ", ".join(source.split for source in sources)
@@ -80,12 +128,103 @@ def open_sources(
             + (f"; found {there}" if there else "")
         )
     for source in chosen:
-        if len(source.classes) < 2:
+        if len(source.classes) < 2 and (source.labels >= 0).any():
             raise InputError(
                 f"{root}: {len(source.classes)} class in split {source.split}, a probe needs at "
-                f"least 2; expected {root}/[train|val/]<class>/<image>"
+                f"least 2; expected {root}/[train|val/]<class>/<image>, or --data.labels false"
             )
     return chosen
+
+
+def _open(dataset: str) -> Callable[[Path, str, bool], list[Source]]:
+    """The function that reads ``dataset``."""
+    library, _, name = dataset.partition(":")
+    if not name:
+        return DATASETS[dataset]
+    entry = resolve(ADDRESSED.get(library, ADDRESSED[""]))
+    return lambda root, split, download: entry(
+        name if library in ADDRESSED else dataset, root, split, download
+    )
+
+
+def unlabeled(source: Source) -> Source:
+    """The same images without labels and classes."""
+    return replace(source, classes=(), labels=np.full(len(source.labels), -1))
+
+
+def of_classes(source: Source, classes: Sequence[str]) -> Source:
+    """The images of ``classes``, whose order becomes that of the labels; unlabeled ones stay.
+
+    ``InputError`` names a class that the source does not have, or that is listed twice.
+    """
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if list(classes).count(name) > 1)
+        raise InputError(f"data.classes: {twice} is listed twice")
+    missing = [name for name in classes if name not in source.classes]
+    if missing and source.classes:
+        raise InputError(
+            f"data.classes: split {source.split} has no class {missing[0]} ({len(missing)} of "
+            f"{len(classes)} are missing)"
+        )
+    place = {name: number for number, name in enumerate(classes)}
+    new = np.array([*(place.get(name, -2) for name in source.classes), -1])[source.labels]
+    kept = np.flatnonzero(new != -2)
+    return replace(source.at(kept), classes=tuple(classes), labels=new[kept])
+
+
+def held_out(sources: Sequence[Source], share: float, seed: int) -> list[Source]:
+    """The only source, ``train`` or ``all``, cut in two; the same share of each class is ``val``.
+
+    Both keep the order of the whole. Raises ``InputError`` where there is a val split already, or a
+    class is too small to be cut.
+    """
+    from sklearn.model_selection import train_test_split
+
+    whole = next((source for source in sources if source.split in ("train", "all")), None)
+    if whole is None or any(source.split == "val" for source in sources):
+        there = ", ".join(source.split for source in sources)
+        raise InputError(
+            f"data.val_share cuts val from train, and the set has the splits {there}: leave it out"
+        )
+    try:
+        train, val = train_test_split(
+            np.arange(len(whole.labels)), test_size=share, random_state=seed, stratify=whole.labels
+        )
+    except ValueError as error:
+        raise InputError(f"data.val_share {share} does not fit: {error}") from None
+    parts = [("train", train), ("val", val)]
+    rest = [source for source in sources if source is not whole]
+    return [replace(whole.at(np.sort(part)), split=split) for split, part in parts] + rest
+
+
+def by_name(found: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, sorted, and labels from one class name per image; empty: no label.
+
+    Whole numbers are sorted as numbers.
+    """
+    names = set(found) - {""}
+    number = all(name.lstrip("-").isdecimal() for name in names)
+    classes = tuple(sorted(names, key=lambda name: int(name)) if number else sorted(names))
+    place = {name: label for label, name in enumerate(classes)} | {"": -1}
+    return classes, np.array([place[name] for name in found], np.int64)
+
+
+def same_classes(root: Path, sources: list[Source]) -> list[Source]:
+    """``sources``; ``InputError`` unless all with labels have the same classes."""
+    labeled = [source for source in sources if source.classes]
+    for source in labeled[1:]:
+        odd = sorted(set(source.classes) ^ set(labeled[0].classes))
+        if odd:
+            raise InputError(f"{root}: class {odd[0]} is in one split only; both need every class")
+    return sources
+
+
+def split_of(name: str) -> str | None:
+    """``train`` or ``val`` if a file's ``name`` begins with a word for that split, else None."""
+    for word, split in FOLDERS.items():
+        if name.lower().startswith((f"{word}-", f"{word}_", f"{word}.")):
+            return split
+    return None
 
 
 def _digits(root: Path, split: str, download: bool) -> list[Source]:
@@ -110,160 +249,29 @@ def _digits(root: Path, split: str, download: bool) -> list[Source]:
     ]
 
 
-def _torchvision(dataset: str, root: Path, split: str, download: bool) -> list[Source]:
-    """CIFAR-10, CIFAR-100 and STL-10 as torchvision downloads, checks (MD5) and reads them."""
-    from torchvision.datasets import CIFAR10, CIFAR100, STL10
-
-    theirs = {"train": "train", "val": "test"}
-    if dataset == "stl10":
-        theirs["unlabeled"] = "unlabeled"
-    sources = []
-    for ours, name in theirs.items():
-        if split not in ("all", ours):
-            continue
-        try:
-            if dataset == "stl10":
-                read = STL10(root, split=name, download=download)
-                images, labels = read.data.transpose(0, 2, 3, 1), read.labels
-                classes = STL10_CLASSES
-            else:
-                kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-                read = kind(root, train=name == "train", download=download)
-                images, labels, classes = read.data, read.targets, tuple(read.classes)
-        except RuntimeError as error:
-            raise InputError(
-                f"{root}: no complete {dataset} ({error}); fetch it with --data.download true"
-            ) from None
-        labels = np.asarray(labels).astype(np.int64)
-        names = [f"{name}[{i}]" for i in range(len(images))]
-        sources.append(Source(ours, classes, images, labels, names))
-    return sources
-
-
-def _folders(dataset: str, root: Path, split: str, download: bool) -> list[Source]:
-    """Image folders: ``root/<split>/<class>/…`` if there are splits, else ``root/<class>/…``.
-
-    The folder of split ``val`` may be named ``test``. Classes are the sorted folder names.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; --data.root names the folder of the images")
-    test = "val" if (root / "val").is_dir() else "test"
-    splits = {"train": root / "train", "val": root / test}
-    splits = {split: folder for split, folder in splits.items() if folder.is_dir()}
-    if dataset == "folder":
-        # A class may be named "train". A split's folder holds folders, a class's holds images.
-        splits = {split: folder for split, folder in splits.items() if _subfolders(folder)}
-    elif dataset == "imagenet" and not splits:
-        raise InputError(f"{root}: has neither train nor val; expected {root}/train/<wnid>/…")
-    chosen = _CLASSES[dataset]
-    classes: tuple[str, ...] | None = None
-    sources = []
-    for split, folder in (splits or {"all": root}).items():
-        found = chosen(folder)
-        if classes is not None and found != classes:
-            odd = sorted(set(found) ^ set(classes))[0]
-            raise InputError(f"{root}: class {odd} is in one split only; both need every class")
-        classes = found
-        sources.append(_image_folder(root, split, folder, classes))
-    return sources
-
-
-def _imagenet_classes(folder: Path) -> tuple[str, ...]:
-    """The class ids (wnids) that have a folder in ``folder``."""
-    wnids = tuple(name for name in _subfolders(folder) if WNID.fullmatch(name))
-    if not wnids:
-        raise InputError(
-            f"{folder}: no folder named after a class id (n01440764, …). ImageNet's val folder is "
-            "flat: first move each image to val/<wnid>/, as the development kit's "
-            "ILSVRC2012_validation_ground_truth.txt says"
-        )
-    return wnids
-
-
-def _imagenet1000(folder: Path) -> tuple[str, ...]:
-    wnids = _imagenet_classes(folder)
-    if len(wnids) != 1000:
-        raise InputError(
-            f"{folder}: {len(wnids)} class folders, ImageNet has 1000; unpack the rest, or read "
-            "a part of it with --data.dataset folder"
-        )
-    return wnids
-
-
-def _imagenet100(folder: Path) -> tuple[str, ...]:
-    """The 100 classes of ImageNet-100, sorted (Tian et al., Contrastive Multiview Coding)."""
-    text = IMAGENET100.read_bytes()
-    if hashlib.sha256(text).hexdigest() != IMAGENET100_SHA256:
-        raise InputError(f"{IMAGENET100}: not the published list of 100 classes; restore the file")
-    wnids = tuple(sorted(text.decode().split()))
-    missing = sorted(set(wnids) - set(_imagenet_classes(folder)))
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} of 100 classes missing, first {missing[0]}")
-    return wnids
-
-
-def _fail(error: OSError) -> None:
-    """For os.walk, which otherwise skips a folder that it cannot read."""
-    raise error
-
-
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
-
-
-_CLASSES: dict[str, Callable[[Path], tuple[str, ...]]] = {
-    "folder": _subfolders,
-    "imagenet": _imagenet1000,
-    "imagenet100": _imagenet100,
-}
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
-
-
-def _walk(folder: Path, seen: dict[tuple[int, int], str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of all folders below, links followed; ``seen``: identity -> path.
-
-    Raises InputError for a folder that was seen before: a link back would repeat its images, with
-    labels of another class.
-    """
-    for place, _, files in os.walk(folder, onerror=_fail, followlinks=True):
-        before = seen.setdefault(_identity(place), place)
-        if before != place:
-            raise InputError(f"{place} is a link to {before}, which is read already: remove it")
-        yield place, files
-
-
-def _image_folder(root: Path, split: str, folder: Path, classes: tuple[str, ...]) -> Source:
-    """Every image below ``folder/<class>``, in the order of torchvision's ``ImageFolder``."""
-    images: list[str] = []
-    labels: list[int] = []
-    seen = {_identity(place): str(place) for place in (folder, *folder.absolute().parents)}
-    for label, name in enumerate(classes):
-        before = len(images)
-        for place, files in sorted(_walk(folder / name, seen)):
-            paths = (os.path.join(place, file) for file in sorted(files))
-            images.extend(path for path in paths if path.lower().endswith(SUFFIXES))
-        if len(images) == before:
-            raise InputError(f"{folder / name}: holds no image ({' '.join(SUFFIXES)})")
-        labels.extend([label] * (len(images) - before))
-    names = [os.path.relpath(path, root) for path in images]
-    return Source(split, classes, images, np.array(labels, np.int64), names)
-
-
 DATASETS = Table(
     "data.dataset",
     {
-        "cifar10": partial(_torchvision, "cifar10"),
-        "cifar100": partial(_torchvision, "cifar100"),
-        "stl10": partial(_torchvision, "stl10"),
-        "imagenet": partial(_folders, "imagenet"),
-        "imagenet100": partial(_folders, "imagenet100"),
-        "folder": partial(_folders, "folder"),
+        "cifar10": "fastproj.prepare.datasets:cifar10",
+        "cifar100": "fastproj.prepare.datasets:cifar100",
+        "stl10": "fastproj.prepare.datasets:stl10",
+        "imagenet": "fastproj.prepare.folders:imagenet",
+        "imagenet100": "fastproj.prepare.folders:imagenet100",
+        "folder": "fastproj.prepare.folders:folder",
+        "csv": "fastproj.prepare.files:csv_files",
+        "parquet": "fastproj.prepare.files:parquet",
+        "archive": "fastproj.prepare.archives:archive",
+        "webdataset": "fastproj.prepare.archives:webdataset",
         "digits": _digits,
     },
 )
 """Each a function ``f(root, split, download) -> list[Source]``: every split that it has, or at
 least those that ``split`` asks for ("all": every one)."""
+
+ADDRESSED = {
+    "torchvision": "fastproj.prepare.datasets:torchvision_dataset",
+    "hf": "fastproj.prepare.files:from_hub",
+    "": "fastproj.prepare.datasets:from_function",
+}
+"""What stands before the colon of a dataset: functions ``f(name, root, split, download)``. The last
+one takes ``package.module:function`` as a whole."""

@@ -21,8 +21,9 @@ from fastproj.data.manifest import (
     pack_names,
     write_manifest,
 )
-from fastproj.prepare.encode import Store, Stored, Unreadable, encode_chunk
-from fastproj.prepare.sources import Source
+from fastproj.prepare.encode import Chunk, Store, Stored, encode_chunk
+from fastproj.prepare.progress import Progress
+from fastproj.prepare.sources import Lazy, Source
 from fastproj.prepare.workers import Workers
 from fastproj.prepare.writer import Written, write_container
 
@@ -38,6 +39,7 @@ class SplitWriter:
 
     def __init__(self, store: Store, workers: int, skip: bool):
         self.store, self.workers, self.skip = store, workers, skip
+        self.gray = 0  # gray images among those last written, which are stored as RGB
         self.pool = Workers(workers)
 
     def __enter__(self) -> "SplitWriter":
@@ -72,10 +74,11 @@ class SplitWriter:
         progress: Progress,
     ) -> Iterator[Stored]:
         """Yield the stored samples in order; update ``histogram`` and ``unreadable``."""
-        number = 0
-        for results, counts in self._chunks(source):
-            histogram += counts
-            for result in results:
+        number = self.gray = 0
+        for chunk in self._chunks(source):
+            histogram += chunk.histogram
+            self.gray += chunk.gray
+            for result in chunk.results:
                 if isinstance(result, Stored):
                     yield result
                 elif self.skip:
@@ -86,9 +89,9 @@ class SplitWriter:
                         "leave it out with --data.on_error skip"
                     )
                 number += 1
-            progress.update(len(results))
+            progress.update(len(chunk.results))
 
-    def _chunks(self, source: Source) -> Iterator[tuple[list[Stored | Unreadable], np.ndarray]]:
+    def _chunks(self, source: Source) -> Iterator[Chunk]:
         """Yield ``encode_chunk``'s results in order, with a bounded number of chunks pending."""
         waiting: deque[Future] = deque()
         for start in range(0, len(source.labels), CHUNK):
@@ -176,8 +179,9 @@ def make_folder(path: Path) -> Path:
 
 
 def _place(source: Source, number: int) -> str:
-    image = source.images[number]
-    return image if isinstance(image, str) else source.names[number]
+    if isinstance(source.images, Lazy | np.ndarray):
+        return source.names[number]
+    return source.images[number]
 
 
 def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

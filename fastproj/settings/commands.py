@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastproj.settings.checkers import Bool, Choice, File, Int, Key, OrNull
+from fastproj.settings.checkers import Bool, Choice, File, Float, Int, KeyOrAddress, OrNull
 from fastproj.settings.schema import Loaded, Needs, Schema, setting
 
 _count = Int(low=1)
@@ -28,15 +28,28 @@ class Raw:
     """raw images to a beton and its manifest"""
 
     dataset: str | None = setting(
-        OrNull(Key("fastproj.prepare.sources:DATASETS")),
+        OrNull(KeyOrAddress("fastproj.prepare.sources:DATASETS", "torchvision", "hf")),
         "what to read; needed unless data.verify is given",
     )
-    root: str | None = setting(OrNull(File()), "folder of the raw images; digits need none")
+    root: str | None = setting(
+        OrNull(File()), "folder of the raw images, or their archive, csv or parquet file"
+    )
     out: str | None = setting(OrNull(File()), "folder to write <split>.beton and <split>.json into")
     split: str = setting(Choice("all", "train", "val", "unlabeled"), "all: every split", "all")
     download: bool = setting(
-        Bool(), "fetch the set into data.root first (cifar10, cifar100, stl10)", False
+        Bool(), "fetch the set into data.root first (of torchvision or hf)", False
     )
+    labels: bool = setting(Bool(), "false: every image is unlabeled", True)
+    classes: str | None = setting(
+        OrNull(File()), "file of class names, one per line: only these, in this order"
+    )
+    val_share: float = setting(
+        Float(low=0, high=0.9), "fraction of each class of train that becomes val", 0.0
+    )
+    seed: int = setting(
+        Int(0, 2**32 - 1), "chooses the images of val", 0,
+        needs=Needs("data.val_share is above 0", ("data.val_share",), bool),
+    )  # fmt: skip
     store: str = setting(
         Choice("auto", "raw", "jpeg", "square"), "auto: raw if small, or jpeg", "auto"
     )

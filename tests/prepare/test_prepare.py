@@ -23,7 +23,8 @@ from fastproj.data.manifest import read_manifest
 from fastproj.data.verify import verify
 from fastproj.prepare.command import main
 from fastproj.prepare.encode import Store, Unreadable, encode, encode_chunk, resized, upright_rgb
-from fastproj.prepare.sources import IMAGENET100, open_sources
+from fastproj.prepare.folders import IMAGENET100
+from fastproj.prepare.sources import open_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "data_prep/write_ffcv.py"]
@@ -310,7 +311,7 @@ def test_links_are_followed_once(tmp_path):
 
 def test_a_pipe_among_the_images_is_unreadable_and_waited_for_by_nobody(tmp_path):
     os.mkfifo(tmp_path / "9.png")
-    (found,), _ = encode_chunk([str(tmp_path / "9.png")], [0], Store("raw"))
+    (found,) = encode_chunk([str(tmp_path / "9.png")], [0], Store("raw")).results
     assert found == Unreadable("a pipe, socket or device, not a file")
 
 
@@ -334,9 +335,11 @@ def test_a_class_may_be_called_train(tmp_path):
         open_sources("folder", tmp_path, "val", False)
 
 
-@pytest.mark.parametrize("classes", [(), ("ant",)])
-def test_fewer_than_two_classes_is_an_error(tmp_path, classes):
-    with pytest.raises(InputError, match="a probe needs at least 2"):
+@pytest.mark.parametrize(
+    ("classes", "words"), [((), "holds no image"), (("ant",), "a probe needs at least 2")]
+)
+def test_fewer_than_two_classes_is_an_error(tmp_path, classes, words):
+    with pytest.raises(InputError, match=words):
         open_sources("folder", image_folder(tmp_path, classes), "all", False)
 
 
@@ -376,7 +379,7 @@ def test_imagenet100_takes_its_classes_and_names_a_missing_one(tmp_path):
 def test_a_changed_class_list_is_refused(tmp_path, monkeypatch):
     changed = tmp_path / "imagenet100.txt"
     changed.write_text(IMAGENET100.read_text().replace("n01558993", "n01558994"))
-    monkeypatch.setattr("fastproj.prepare.sources.IMAGENET100", changed)
+    monkeypatch.setattr("fastproj.prepare.folders.IMAGENET100", changed)
     wnid_folders(tmp_path / "train", ["n01558994"])
     with pytest.raises(InputError, match="not the published list"):
         open_sources("imagenet100", tmp_path, "all", False)
