@@ -2,6 +2,7 @@
 
 python data_prep/write_ffcv.py --data.dataset cifar10 --data.root DIR --data.out DIR
 python data_prep/write_ffcv.py --verify DIR/train.beton
+python data_prep/write_ffcv.py --adopt DIR/train.ffcv
 """
 
 import sys

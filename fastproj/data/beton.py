@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastproj.core.errors import InputError
+from fastproj.data.foreign import Fields, Rows, describe, read_fields, read_rows
 from fastproj.data.layout import (
     DESCRIPTOR,
     FIELDS,
@@ -22,10 +23,9 @@ from fastproj.data.layout import (
     LONGEST,
     RAW,
     TABLE,
-    VERSION,
     row_type,
 )
-from fastproj.data.manifest import Manifest, read_manifest
+from fastproj.data.manifest import Adopted, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,17 @@ def open_beton(path: str | os.PathLike) -> Beton:
     if size < HEADER.itemsize:
         raise InputError(f"{path}: {size} bytes, too short for a beton; write it again")
     data = np.memmap(path, np.uint8, mode="r")
-    rows, table, content = _read_tables(path, data)
-    manifest = read_manifest(path.with_suffix(".json"))
+    fields = read_fields(path, data)
+    described = path.with_suffix(".json")
+    if not described.exists():
+        raise InputError(
+            f"{path}: no manifest beside the beton ({describe(fields)}); if another program wrote "
+            "this FFCV file, adopt it once with fastproj prepare --adopt, else write it again"
+        )
+    manifest = read_manifest(described)
+    if manifest.adopted:
+        return _open_adopted(path, data, fields, manifest, manifest.adopted)
+    rows, table, content = _read_tables(path, data, fields)
     for what, here, there in (
         ("samples", len(rows), manifest.samples),
         ("bytes", size, manifest.file_bytes),
@@ -101,22 +110,52 @@ def open_beton(path: str | os.PathLike) -> Beton:
     return beton
 
 
-def _read_tables(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+def _open_adopted(
+    path: Path, data: np.ndarray, fields: Fields, manifest: Manifest, adopted: Adopted
+) -> Beton:
+    rows = read_rows(path, data, fields, adopted.image, adopted.label)
+    if rows.digest != adopted.tables or len(data) != manifest.file_bytes:
+        raise InputError(
+            f"{path}: not the file that was adopted, or damaged: restore it, or remove "
+            f"{path.with_suffix('.json')} and adopt it again"
+        )
+    return adopted_beton(path, manifest, data, rows)
+
+
+def adopted_beton(path: Path, manifest: Manifest, data: np.ndarray, rows: Rows) -> Beton:
+    """The beton of another program's file; ``InputError`` names the first impossible row."""
+    image, number = rows.image, np.arange(len(rows.label))
+    width, height = image["width"].astype(np.int64), image["height"].astype(np.int64)
+    beton = Beton(
+        path=path,
+        manifest=manifest,
+        data=data,
+        mode=image["mode"].copy(),
+        width=width,
+        height=height,
+        pointer=image["data_ptr"].astype(np.int64),
+        length=rows.length,
+        label=rows.label,
+        index=number,
+        source_width=width,
+        source_height=height,
+    )
+    _check_samples(beton, rows.start, rows.end, [])
+    return beton
+
+
+def _read_tables(
+    path: Path, data: np.ndarray, fields: Fields
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Check the sizes; return rows (N,), allocation table (N,) in sample order, content digest."""
     header = np.frombuffer(data, HEADER, 1)[0]
-    square = header["num_fields"] == len(FIELDS)
-    row = row_type(square)
+    row = row_type(len(fields) == len(FIELDS), len(fields) > 2)
     samples, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
     names = row.names or ()
     rows_at = HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
-    fields = _fields(path, header, data)
-    if fields != [(IMAGE_TYPE if n == "image" else INT_TYPE, n) for n in names]:
-        found = ", ".join(name for _, name in fields)
-        if path.with_suffix(".json").exists():
-            raise InputError(f"{path}: fields {found}, expected {', '.join(names)}; write it again")
+    if list(fields) != [(IMAGE_TYPE if n == "image" else INT_TYPE, n) for n in names]:
         raise InputError(
-            f"{path}: an FFCV file with the fields {found}, which lacks fastproj's index field or "
-            "manifest: write it from the images with fastproj prepare"
+            f"{path}: fields {describe(fields)}, expected {', '.join(names)}; write it again"
         )
     wanted = table_at + samples * TABLE.itemsize
     if samples == 0 or wanted != len(data) or rows_at + samples * row.itemsize > table_at:
@@ -131,29 +170,13 @@ def _read_tables(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return rows, table[order], descriptors[0]["arguments"][:32].tobytes().hex()
 
 
-def _fields(path: Path, header: np.void, data: np.ndarray) -> list[tuple[int, str]]:
-    """(type id, name) of each field of an FFCV file; ``InputError`` for a file of another kind."""
-    count = int(header["num_fields"])
-    if header["version"] != VERSION or not count:
-        raise InputError(f"{path}: not a beton (FFCV version {VERSION} header expected)")
-    if HEADER.itemsize + count * DESCRIPTOR.itemsize > len(data):
-        raise InputError(
-            f"{path}: {len(data)} bytes, too few for the {count} fields that its header promises: "
-            "cut, damaged or no beton; write it again"
-        )
-    descriptors = np.frombuffer(data, DESCRIPTOR, count, HEADER.itemsize)
-    return [
-        (int(d["type_id"]), d["name"].tobytes().rstrip(b"\0").decode("ascii", "backslashreplace"))
-        for d in descriptors
-    ]
-
-
 def _beton(
     path: Path, manifest: Manifest, data: np.ndarray, rows: np.ndarray, table: np.ndarray
 ) -> Beton:
     image = rows["image"]
     width, height = image["width"].astype(np.int64), image["height"].astype(np.int64)
-    square = "width" in (rows.dtype.names or ())
+    names = rows.dtype.names or ()
+    square = "width" in names
     return Beton(
         path=path,
         manifest=manifest,
@@ -164,7 +187,7 @@ def _beton(
         pointer=table["ptr"].astype(np.int64),
         length=table["size"].astype(np.int64),
         label=rows["label"].astype(np.int64),
-        index=rows["index"].astype(np.int64),
+        index=rows["index"].astype(np.int64) if "index" in names else np.arange(len(rows)),
         source_width=rows["width"].astype(np.int64) if square else width,
         source_height=rows["height"].astype(np.int64) if square else height,
     )
@@ -172,13 +195,23 @@ def _beton(
 
 def _check_rows(beton: Beton, rows: np.ndarray, table: np.ndarray) -> None:
     """Check that every row and table entry is possible; ``InputError`` names the first bad one."""
-    number = np.arange(len(beton))
     rows_end = HEADER.itemsize + len(rows.dtype.names or ()) * DESCRIPTOR.itemsize + rows.nbytes
-    table_at = len(beton.data) - table.nbytes
+    covered = table["sample_id"] == np.arange(len(beton))
+    agreed = table["ptr"] == rows["image"]["data_ptr"]
+    own = [
+        ("sample ids do not cover the samples", covered),
+        ("pointers of row and table differ", agreed),
+    ]
+    _check_samples(beton, rows_end, len(beton.data) - table.nbytes, own)
+
+
+def _check_samples(
+    beton: Beton, rows_end: int, table_at: int, own: list[tuple[str, np.ndarray]]
+) -> None:
+    """Check what every file's rows must hold, after the checks ``own``."""
     pixels = beton.width * beton.height
     for what, good in (
-        ("sample ids do not cover the samples", table["sample_id"] == number),
-        ("pointers of row and table differ", table["ptr"] == rows["image"]["data_ptr"]),
+        *own,
         ("stored bytes lie outside the data", (beton.pointer >= rows_end) & (beton.length > 0)),
         ("stored bytes reach past the data", beton.length <= table_at - beton.pointer),
         ("no such image mode", beton.mode <= RAW),
@@ -186,7 +219,7 @@ def _check_rows(beton: Beton, rows: np.ndarray, table: np.ndarray) -> None:
         ("original size too large", np.maximum(beton.source_width, beton.source_height) <= LONGEST),
         ("raw size is not 3·w·h", (beton.mode != RAW) | (beton.length == 3 * pixels)),
         ("label outside the classes", (beton.label >= -1) & (beton.label < len(beton.classes))),
-        ("index is not the sample's number", beton.index == number),
+        ("index is not the sample's number", beton.index == np.arange(len(beton))),
     ):
         if not good.all():
             first = int(np.argmin(good))

@@ -35,9 +35,12 @@ IMAGE_TYPE, INT_TYPE = 2, 1  # ffcv.types.TYPE_ID_HANDLER
 FIELDS = ("image", "label", "index", "width", "height")  # the last two in a square store only
 
 
-def row_type(square: bool) -> np.dtype:
-    """The structured dtype of a sample's row: image, label, index (and original width, height)."""
-    names = FIELDS if square else FIELDS[:3]
+def row_type(square: bool, index: bool = True) -> np.dtype:
+    """The structured dtype of a sample's row: image, label, index (and original width, height).
+
+    Without ``index``, image and label alone.
+    """
+    names = FIELDS if square else FIELDS[: 3 if index else 2]
     return np.dtype([(n, IMAGE if n == "image" else np.dtype("<i8")) for n in names], align=True)
 
 

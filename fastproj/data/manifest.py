@@ -19,13 +19,26 @@ FORMAT = 1  # of the manifest
 
 
 @dataclass(frozen=True)
+class Adopted:
+    """Of an FFCV file that another program wrote: the names of the fields that are used.
+
+    ``tables``: SHA-256 of its header, descriptors, rows and allocation table.
+    """
+
+    image: str
+    label: str
+    tables: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The JSON beside a beton.
 
     ``mean`` and ``std`` are per channel over all pixels of the split, in [0, 1]; a JPEG store's
     are computed before compression. ``content`` is the SHA-256 of all samples' digests
     (``sample_digest``) in order, ``sha256`` that of the whole file. ``hashes`` and ``sources`` are
-    packed; ``sample_hashes()`` and ``source_names()`` unpack them.
+    packed; ``sample_hashes()`` and ``source_names()`` unpack them. ``adopted``: None for a file
+    that fastproj wrote.
     """
 
     format: int
@@ -47,6 +60,7 @@ class Manifest:
     skipped: tuple[dict[str, str], ...]
     hashes: str
     sources: str
+    adopted: Adopted | None = None
 
     def sample_hashes(self) -> np.ndarray:
         """The first bytes of each sample's SHA-256: (N, HASH_BYTES) uint8."""
@@ -95,7 +109,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "samples": (_whole(1), "a whole number above 0"),
     "classes": (lambda x: isinstance(x, list) and all(map(_text, x)), "a list of names"),
-    "store": (lambda x: x in ("raw", "jpeg", "square"), "raw, jpeg or square"),
+    "store": (lambda x: x in ("raw", "jpeg", "square", "mixed"), "raw, jpeg, square or mixed"),
     "quality": (_or_null(_whole(1, 100)), "null or from 1 to 100"),
     "max_resolution": (_or_null(_whole(1)), "null or a whole number above 0"),
     "side": (_or_null(_whole(1)), "null or a whole number above 0"),
@@ -110,6 +124,16 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
             and all(isinstance(y, dict) and all(map(_text, y.values())) for y in x)
         ),
         "a list of sources and reasons",
+    ),
+    "adopted": (
+        _or_null(
+            lambda x: (
+                isinstance(x, dict)
+                and set(x) == {field.name for field in fields(Adopted)}
+                and all(map(_text, x.values()))
+            )
+        ),
+        "null or the names of an FFCV file's fields",
     ),
 }
 
@@ -153,14 +177,17 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest ({error}); {again}") from None
     wanted = {field.name for field in fields(Manifest)}
-    if not isinstance(content, dict) or set(content) != wanted:
+    if not isinstance(content, dict) or set(content) | {"adopted"} != wanted:
         raise InputError(f"{path}: not a fastproj manifest, its keys differ; {again}")
+    content.setdefault("adopted", None)
     for name, (is_right, words) in VALUES.items():
         if not is_right(content[name]):
             shown = json.dumps(content[name])[:40]
             raise InputError(f"{path}: {name} is {shown}, not {words}; {again}")
     for name in ("classes", "mean", "std", "skipped"):
         content[name] = tuple(content[name])
+    if content["adopted"]:
+        content["adopted"] = Adopted(**content["adopted"])
     manifest = Manifest(**content)
     try:
         manifest.sample_hashes()

@@ -76,7 +76,8 @@ def load_code(pretrained: Pretrained) -> dict[str, str]:
         timm = f'timm.create_model("{name.partition(":")[2]}", num_classes=0{_size(pretrained)})'
         return {
             "timm": "import timm\nfrom safetensors.torch import load_file\n\n"
-            f'model = {timm}\nmodel.load_state_dict(load_file("model.safetensors"))\nmodel.eval()\n',
+            f'model = {timm}\nmodel.load_state_dict(load_file("model.safetensors"))\n'
+            "model.eval()\n",
             "fastproj": ours,
         }
     if not _is_torchvisions(name, stem, pretrained.weights):

@@ -32,8 +32,9 @@ class Pretrained:
     ``encoder``, ``stem`` and ``size``: its architecture, as ``build_encoder`` names it. An encoder
     of ours has no ``size``, one of another library, which may be built for one, has no ``stem``.
     ``mean`` and ``std``: per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was
-    trained. ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and the
-    projector's weights; ``data``: the SHA-256 of the training samples. An export has none of these.
+    trained. ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and
+    the projector's weights; ``data``: the SHA-256 of the training samples. An export has none of
+    these three.
     """
 
     encoder: str

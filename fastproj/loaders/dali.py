@@ -61,6 +61,11 @@ class DaliLoader(Loader):
     def _open(self) -> None:
         _dali()
         self._raw = bool((self.beton.mode == RAW).all())
+        if not self._raw and (self.beton.mode == RAW).any():
+            raise InputError(
+                f"{self.beton.path} holds raw images and JPEGs, and DALI reads one kind: take "
+                "--data.engine stream"
+            )
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         pending: deque[Inputs] = deque()  # DALI reads this memory: it must outlive the step

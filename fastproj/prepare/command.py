@@ -2,6 +2,7 @@
 
     fastproj prepare --data.dataset cifar10 --data.root DIR --data.out DIR
     fastproj prepare --verify DIR/train.beton
+    fastproj prepare --adopt DIR/train.ffcv
 
 Worker processes read, convert, resize, encode and hash the images. This process writes their
 results in sample order, so the file is the same, byte for byte, for any number of workers.
@@ -19,6 +20,7 @@ from fastproj.core.machine import cores
 from fastproj.core.progress import Progress
 from fastproj.data.beton import open_beton
 from fastproj.data.verify import verify
+from fastproj.prepare.adopt import adopt
 from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import open_sources
 from fastproj.prepare.splits import SplitWriter, make_folder
@@ -51,6 +53,23 @@ def _listed(path: str | None) -> list[str] | None:
     return names
 
 
+def _adopt(settings: PrepareSettings, command: str) -> int:
+    """Write the manifest of another program's file and print one line."""
+    data = settings.data
+    assert data.adopt is not None
+    path, fields = Path(data.adopt), data.fields
+    if fields is not None and len(fields) != 2:
+        raise SettingError("data.fields names the image and the label: give IMAGE,LABEL")
+    start = time.perf_counter()
+    beton = adopt(path, fields, _listed(data.classes), command)
+    print(
+        f"{path}: adopted, {len(beton):,} images, {len(beton.classes)} classes, "
+        f"{beton.manifest.store} store, in {time.perf_counter() - start:.1f} s: "
+        f"{path.with_suffix('.json')}"
+    )
+    return 0
+
+
 def _write(settings: PrepareSettings, command: str) -> int:
     """Write every requested split and print one line for each."""
     data = settings.data
@@ -71,7 +90,15 @@ def _write(settings: PrepareSettings, command: str) -> int:
         val_share=data.val_share,
         seed=data.seed,
     )
-    with SplitWriter(store, data.workers or cores(), data.on_error == "skip") as writer:
+    index = data.fields != ("image", "label")
+    if data.fields not in (None, ("image", "label"), ("image", "label", "index")):
+        raise SettingError("data.fields must be image,label or image,label,index")
+    if kind == "square" and not index:
+        raise SettingError(
+            "data.fields image,label leaves no place for the original size that data.store square "
+            "keeps: leave one of them out"
+        )
+    with SplitWriter(store, data.workers or cores(), data.on_error == "skip", index) as writer:
         for source in sources:
             start = time.perf_counter()
             manifest = writer.write(source, out, data.dataset, command)
@@ -88,13 +115,14 @@ def _write(settings: PrepareSettings, command: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write every requested split, or verify one file; see the module's docstring."""
+    """Write every requested split, or verify or adopt one file; see the module's docstring."""
     settings = load(PREPARE, argv, "fastproj prepare", "Turn raw images into betons.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up, then exit
     try:
         if settings.data.verify:
             return _verify(settings.data.verify)
-        return _write(settings, shlex.join(["fastproj", "prepare", *argv]))
+        command = shlex.join(["fastproj", "prepare", *argv])
+        return _adopt(settings, command) if settings.data.adopt else _write(settings, command)
     except KeyboardInterrupt:
         print("stopped: nothing more was written", file=sys.stderr)
         return 130

@@ -81,6 +81,7 @@ def torchvision_dataset(name: str, root: Path, split: str, download: bool) -> li
         raise SettingError(f"data.dataset: torchvision has no {name!r}; did you mean {right!r}?")
     named = inspect.signature(kind).parameters
     options = {"download": True} if download and "download" in named else {}
+    parts: dict[str, list[dict[str, Any]]]
     if "train" in named:
         parts = {"train": [{"train": True}], "val": [{"train": False}]}
     elif "split" in named:

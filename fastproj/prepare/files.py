@@ -88,7 +88,8 @@ def _of_parquet(split: str, paths: Sequence[Path]) -> Source:
     groups: list[tuple[Any, int]] = []  # of each row group: its open file and its number there
     starts = [0]
     labels: list[int] = []
-    image, label, classes = "", "", ()  # of the first file; the others must agree
+    image, label = "", ""  # of the first file; the others must agree
+    classes: tuple[str, ...] = ()
     for path in paths:
         try:
             file = pq.ParquetFile(path)

@@ -141,7 +141,7 @@ def _image_folder(root: Path, split: str, place: Path, classes: tuple[str, ...])
             f"{place}: holds images ({min(loose)}, {len(loose)} in all) beside class folders: move "
             "them into a class's folder"
         )
-    # A link to where the classes lie, or above, leads back; a folder without classes is read itself.
+    # A link to where the classes lie, or above, leads back; without classes that is read itself.
     above = (*[place] * bool(classes), *place.absolute().parents)
     seen = {_identity(folder): str(folder) for folder in above}
     for label, name in enumerate(classes) if classes else [(-1, "")]:

@@ -22,7 +22,6 @@ from fastproj.data.manifest import (
     write_manifest,
 )
 from fastproj.prepare.encode import Chunk, Store, Stored, encode_chunk
-from fastproj.prepare.progress import Progress
 from fastproj.prepare.sources import Lazy, Source
 from fastproj.prepare.workers import Workers
 from fastproj.prepare.writer import Written, write_container
@@ -34,11 +33,12 @@ class SplitWriter:
     """Writes splits with one pool of worker processes; a context manager.
 
     ``workers`` processes (at least 1) encode as ``store`` says. With ``skip``, an unreadable image
-    is left out and the manifest lists it; otherwise ``InputError`` names it.
+    is left out and the manifest lists it; otherwise ``InputError`` names it. Without ``index`` the
+    file has two fields, as FFCV's own loops expect.
     """
 
-    def __init__(self, store: Store, workers: int, skip: bool):
-        self.store, self.workers, self.skip = store, workers, skip
+    def __init__(self, store: Store, workers: int, skip: bool, index: bool = True):
+        self.store, self.workers, self.skip, self.index = store, workers, skip, index
         self.gray = 0  # gray images among those last written, which are stored as RGB
         self.pool = Workers(workers)
 
@@ -61,7 +61,7 @@ class SplitWriter:
         square = self.store.kind == "square"
         with replacing(beton) as file, Progress(count, source.split) as progress:
             samples = self._encoded(source, histogram, unreadable, progress)
-            written = write_container(file, samples, count, square)
+            written = write_container(file, samples, count, square, self.index)
             manifest = self._manifest(source, written, histogram, unreadable, dataset, command)
             write_manifest(manifest, beton.with_suffix(".json"))
         return manifest
@@ -116,7 +116,7 @@ class SplitWriter:
     ) -> Manifest:
         if not written.samples:
             raise InputError(f"split {source.split}: no image could be read")
-        mean, std = _mean_and_std(histogram)
+        mean, std = mean_and_std(histogram)
         names = [name for i, name in enumerate(source.names) if i not in unreadable]
         return Manifest(
             format=FORMAT,
@@ -184,7 +184,7 @@ def _place(source: Source, number: int) -> str:
     return source.images[number]
 
 
-def _mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per channel, in [0, 1], from pixel counts (3, 256), so exact in any order of images."""
     values = np.arange(256) / 255
     density = histogram / histogram.sum(axis=1, keepdims=True)

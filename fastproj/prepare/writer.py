@@ -37,15 +37,21 @@ class Written(NamedTuple):
 
 
 def write_container(
-    file: BufferedRandom, samples: Iterable[Stored], capacity: int, square: bool
+    file: BufferedRandom,
+    samples: Iterable[Stored],
+    capacity: int,
+    square: bool,
+    index: bool = True,
 ) -> Written:
     """Write at most ``capacity`` samples into the empty, readable ``file``.
+
+    ``square``: with the original width and height. ``index``: False leaves the field out.
 
     No sample crosses a page boundary, because FFCV's process cache reads whole pages. A sample
     larger than a page raises the page size to the next power of two that holds it. What is already
     written stays valid, because a larger page consists of whole smaller ones.
     """
-    rows, table = np.zeros(capacity, row_type(square)), np.zeros(capacity, TABLE)
+    rows, table = np.zeros(capacity, row_type(square, index)), np.zeros(capacity, TABLE)
     names = rows.dtype.names or ()
     rows_at = HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
     page, count, hashes, content = PAGE, 0, bytearray(), hashlib.sha256()
@@ -60,7 +66,8 @@ def write_container(
         file.write(sample.data)
         image = (sample.mode, sample.width, sample.height, position)
         source = (sample.source_width, sample.source_height) if square else ()
-        rows[count] = (image, sample.label, count, *source)
+        number = (count,) if len(names) > 2 else ()
+        rows[count] = (image, sample.label, *number, *source)
         table[count] = (count, position, length)
         content.update(sample.digest)
         hashes += sample.digest[:HASH_BYTES]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastproj.settings.checkers import Bool, Choice, File, Float, Int, KeyOrAddress, OrNull
+from fastproj.settings.checkers import Bool, Choice, File, Float, Int, KeyOrAddress, OrNull, Texts
 from fastproj.settings.schema import Loaded, Needs, Schema, setting
 
 _count = Int(low=1)
@@ -29,7 +29,7 @@ class Raw:
 
     dataset: str | None = setting(
         OrNull(KeyOrAddress("fastproj.prepare.sources:DATASETS", "torchvision", "hf")),
-        "what to read; needed unless data.verify is given",
+        "what to read; needed unless data.verify or data.adopt is given",
     )
     root: str | None = setting(
         OrNull(File()), "folder of the raw images, or their archive, csv or parquet file"
@@ -60,9 +60,17 @@ class Raw:
         needs=_only("jpeg"),
     )
     side: int = setting(Int(8), "side in the square store, pixels", 160, needs=_only("square"))
+    fields: tuple[str, ...] | None = setting(
+        OrNull(Texts()),
+        "image,label: leave out the index, for loops over FFCV's two fields; with data.adopt: the"
+        " names of image and label there",
+    )
     workers: int = setting(Int(0), "processes; 0: every core this process may use", 0)
     on_error: str = setting(
         Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"
+    )
+    adopt: str | None = setting(
+        OrNull(File()), "FFCV file of another program: write a manifest beside it, to train on it"
     )
     verify: str | None = setting(
         OrNull(File()), "beton to read whole and compare with its manifest"

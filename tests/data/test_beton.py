@@ -208,8 +208,9 @@ def test_ffcvs_own_file_of_two_fields_is_called_what_it_is(tmp_path):
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     writer = DatasetWriter(str(path), fields, num_workers=1)
     writer.from_indexed_dataset([(x, i) for i, x in enumerate(pixels(4))])
-    with pytest.raises(InputError, match="an FFCV file with the fields image, label, which lacks "
-                       "fastproj's index field .* fastproj prepare"):  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"no manifest .*image \(RGB image\), label \(int\).* --adopt"
+    ):
         open_beton(path)
 
 
