@@ -128,8 +128,8 @@ def read_rows(path: Path, data: np.ndarray, fields: Fields, image: str, label: s
             f"{path}: the table has no entry for the image of sample {int(np.argmax(wrong))} "
             f"({int(wrong.sum())} of {samples}): cut, damaged or half written"
         )
-    digest = hashlib.sha256(data[:rows_end])
-    digest.update(data[table_at:])
+    digest = hashlib.sha256(data[:rows_end].data)
+    digest.update(data[table_at:].data)
     return Rows(
         rows[str(names.index(image))],
         rows[str(names.index(label))].astype(np.int64),
