@@ -167,7 +167,10 @@ static int decode(Decoder *decoder, const uint8_t *stored, int64_t length, int64
         int64_t rest = box.top + box.height - info->output_scanline;
         jpeg_read_scanlines(info, rows, rest < 16 ? rest : 16);
     }
-    jpeg_abort_decompress(info);
+    if (info->output_scanline == info->output_height)
+        jpeg_finish_decompress(info);  /* warns of coded bytes that are left over */
+    else
+        jpeg_abort_decompress(info);
     return 0;
 }
 

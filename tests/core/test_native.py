@@ -40,7 +40,7 @@ def test_a_library_from_before_a_part_was_written_says_how_to_build_it(
 @pytest.mark.parametrize(
     ("part", "room", "structs"),
     [
-        ("fill", fill, {"Batch": fill._Batch, "CropSpec": fill._CropSpec}),
+        ("fill", fill, {"Batch": native.Batch, "CropSpec": native.CropSpec}),
         ("augment", augment, {"Batch": augment._Batch}),
     ],
     ids=["fill", "augment"],

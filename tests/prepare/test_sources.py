@@ -370,9 +370,12 @@ def test_what_libjpeg_only_warns_of_is_damage(tmp_path: Path) -> None:
             damaged.append(bytes(bad))
             with pytest.raises(ValueError, match="damaged JPEG: "):
                 upright_rgb(bytes(bad))
-    assert accepted > 30 and len(damaged) > 4  # Pillow takes all of them, libjpeg warns of some
+    assert accepted > 30 and len(damaged) > 4  # Pillow takes them, libjpeg warns of some
     cut = good[: len(good) // 2]
     assert "premature end" in str(jpeg_damage(cut, 50, 40)).lower()
+    left = good[:-2] + 40 * b"\x11" + good[-2:]  # coded bytes after the last pixel
+    Image.open(io.BytesIO(left)).load()  # Pillow says nothing
+    assert "extraneous bytes before marker 0xd9" in str(jpeg_damage(left, 50, 40))
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "bad.jpg").write_bytes(damaged[0])
