@@ -259,7 +259,8 @@ def _some(x: Tensor) -> Tensor:
 
 def _probabilities(x: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
     """Mean probabilities (S, C) and the mean of diag(p) - ppᵀ (S, C, C), in the heads' type."""
-    mass, products = torch.zeros_like(heads[..., -1]), 0.0
+    mass = torch.zeros_like(heads[..., -1])
+    products = mass.diag_embed()
     for _, _, logits in _logits(x, heads):
         p = logits.softmax(1)
         mass += p.sum(2)
