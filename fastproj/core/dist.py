@@ -245,9 +245,3 @@ def losing_ranks() -> Iterator[None]:
             f"rank {me} lost another rank, or waited too long for it ({reason}): the last line "
             "of that rank says why"
         ) from error
-
-
-def barrier() -> None:
-    """Wait until every rank has called this."""
-    if world_size() > 1:
-        dist.barrier()

@@ -171,21 +171,24 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 # What the readers of a journal need of an event, and the fields that are numbers wherever they are.
-NEEDED = {"start": {"step"}, "epoch": {"epoch", "steps", "seconds"}, "probe": {"epoch"}}
+NEEDED = {"start": {"step"}, "epoch": {"epoch", "steps"}, "probe": {"epoch"}}
 NUMBERS = ("time", "step", "steps", "epoch", "loss", "lr", "images_per_second", "data_wait")
 
 
 def _is_event(event: Any) -> bool:
     if not isinstance(event, dict) or event.get("event") not in get_args(Event):
         return False
-    seconds, diagnostics = event.get("seconds", {}), event.get("diagnostics", {})
+    seconds = event.get("seconds", 0)
+    if "seconds" in event and event["event"] in ("epoch", "end"):  # of each part
+        parts = isinstance(seconds, dict) and {*get_args(Part)} <= seconds.keys()
+        if not parts or not all(map(_is_number, seconds.values())):
+            return False
+    elif not _is_number(seconds):
+        return False
     return (
         NEEDED.get(event["event"], set()) <= event.keys()
         and all(_is_number(event[name]) for name in NUMBERS if name in event)
-        and isinstance(seconds, dict)
-        and ("seconds" not in event or {*get_args(Part)} <= seconds.keys())
-        and all(map(_is_number, seconds.values()))
-        and isinstance(diagnostics, dict)
+        and isinstance(event.get("diagnostics", {}), dict)
     )
 
 
@@ -294,7 +297,8 @@ class StepMeter:
     def end(self, step: int) -> None:
         """Write the end event: images/s of the whole run, and this process's seconds."""
         if dist.is_main():
-            epochs = [e for e in read(self._journal.path) if e["event"] == "epoch"]
+            events = read(self._journal.path)
+            epochs = [e for e in events if e["event"] == "epoch" and "seconds" in e]
             busy = sum(e["seconds"]["step"] + e["seconds"]["data_wait"] for e in epochs)
             images = self._batch_size * sum(e["steps"] for e in epochs)
             rate = images / busy if busy else 0.0  # no epoch is left where its event was lost

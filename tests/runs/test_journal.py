@@ -175,7 +175,8 @@ NOT_OURS = [
         ("loss", 10**400), ("epoch", "0"), ("steps", {}), ("seconds", 3.0), ("seconds", {}),
         ("seconds", {**WHOLE["seconds"], "step": "2"}), ("diagnostics", "x"), ("step", [1]),
     )),
-    *({key: WHOLE[key] for key in WHOLE if key != name} for name in ("epoch", "steps", "seconds")),
+    *({key: WHOLE[key] for key in WHOLE if key != name} for name in ("epoch", "steps")),
+    {"event": "probe", "step": 1, "epoch": 0, "seconds": WHOLE["seconds"]},
 ]  # fmt: skip
 
 
@@ -187,6 +188,8 @@ def test_a_line_that_no_run_writes_is_named(tmp_path, line):
         journal.read(path)
     path.write_text(f"{json.dumps(WHOLE)}\n")
     assert journal.read(path) == [WHOLE]
+    path.write_text('{"event": "probe", "epoch": 0, "seconds": 1.5}\n')
+    assert journal.read(path)[0]["seconds"] == 1.5
 
 
 def test_a_journal_has_one_writer(tmp_path):
