@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fastproj.core import dist
-from fastproj.core.device import choose_device
+from fastproj.core.device import choose_device, prepare_device
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256, writing
-from fastproj.core.machine import cores, keep_freed_memory
+from fastproj.core.machine import cores
 from fastproj.core.table import hyperparameters
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.cache import Cache
@@ -104,10 +104,7 @@ def start_device(settings: Settings) -> torch.device:
     """This process's device, after it has joined the other ranks, if there are any."""
     device = choose_device(settings.run.device)
     rank = dist.start(device, PATIENCE)
-    if device.type == "cuda":
-        return torch.device("cuda", rank.local_rank)
-    keep_freed_memory()
-    return device
+    return prepare_device(device, rank.local_rank, tf32=False)
 
 
 def open_encoder(run: RunFolder | None, settings: Settings) -> tuple[Path | None, LoadedEncoder]:

@@ -26,11 +26,10 @@ from torch import Tensor
 from fastproj import __version__
 from fastproj.augment.sheet import contact_sheet
 from fastproj.core import dist
-from fastproj.core.device import choose_device
+from fastproj.core.device import choose_device, prepare_device
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text
 from fastproj.core.interruption import Interruption
-from fastproj.core.machine import keep_freed_memory
 from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.online import OnlineAccuracy
 from fastproj.evaluation.sets import open_sets
@@ -65,12 +64,7 @@ def train(settings: Settings) -> Path:
     device = choose_device(settings.run.device)
     rank = dist.start(device)
     try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.benchmark = True  # batches have few shapes: time the algorithms
-            device = torch.device("cuda", rank.local_rank)
-        else:
-            keep_freed_memory()
+        device = prepare_device(device, rank.local_rank, tf32=True)
         if settings.run.resume == AUTO and _finished(run):
             if dist.is_main():
                 print(f"{run.path} holds a finished run: nothing to do", file=sys.stderr)

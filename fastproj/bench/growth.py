@@ -16,7 +16,7 @@ from fastproj.bench.alone import alone, memory
 from fastproj.bench.chain import SIMCLR
 from fastproj.bench.images import several_times
 from fastproj.bench.peers import MEAN, STD
-from fastproj.core.machine import keep_freed_memory
+from fastproj.core.device import prepare_device
 from fastproj.data.beton import Beton, open_beton
 from fastproj.loaders import Crop, open_loader
 
@@ -108,7 +108,7 @@ def read(
     Returns ``seconds`` per epoch, ``held`` (bytes after each epoch), ``work`` (images per epoch)
     and ``peak_bytes``.
     """
-    keep_freed_memory()  # as in fastproj.train on a CPU
+    prepare_device(torch.device(device), tf32=True)
     beton = several_times(open_beton(path), images)
     before = memory("VmRSS")
     loader = open_loader(

@@ -1,10 +1,13 @@
-"""Which device to compute on, and in which precision."""
+"""Which device to compute on, in which precision, and how a process is set up for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from fastproj.core.errors import InputError
+from fastproj.core.machine import keep_freed_memory
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -24,6 +27,39 @@ def choose_device(name: str) -> torch.device:
             "--run.device cpu"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def prepare_device(device: torch.device, number: int = 0, *, tf32: bool) -> torch.device:
+    """Set this process up to compute on ``device``; returns the device with its number.
+
+    On CUDA, cuDNN times its algorithms for each shape, because batches have few shapes, and float32
+    is multiplied in ``tf32`` or exactly. Training may use TF32, evaluation does not: torch's own
+    default differs between matrix products (exact) and convolutions (TF32).
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        _set_tf32(tf32)
+        return torch.device("cuda", number)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it, CUDA multiplies float32 exactly, also in a process that trains in TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _set_tf32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _set_tf32(on: bool) -> None:
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastproj.core.device import exact_float32
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.evaluation.extract import Extractor
@@ -69,20 +70,23 @@ class OnlineAccuracy:
         deviation of ``train``. ``seconds`` and ``protocol`` say how long it took and how it was
         done.
 
-        Modules run in eval mode and float32, without gradients. Neither their weights, buffers and
-        training flags nor torch's random state are changed.
+        Modules run in eval mode and float32 (not TF32), without gradients. Neither their weights,
+        buffers and training flags nor torch's random state are changed.
 
         Raises ``InputError`` for features that are not finite.
         """
         start = time.perf_counter()
         device = next(probe.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            train, val = (
-                self._features(beton, encoder, device) for beton in (self.train, self.val)
-            )
-        nearest = knn(train, val, len(self.train.classes), k=self.k, temperature=self.temperature)
+        with exact_float32():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                train, val = (
+                    self._features(beton, encoder, device) for beton in (self.train, self.val)
+                )
+            classes = len(self.train.classes)
+            nearest = knn(train, val, classes, k=self.k, temperature=self.temperature)
+            scores = top_1_and_5(probe, val)
         return {
-            **top_1_and_5(probe, val),
+            **scores,
             "online_knn_top1": nearest.metrics["top1"],
             "seconds": time.perf_counter() - start,
             "protocol": {

@@ -1,11 +1,18 @@
 """The precision that auto chooses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastproj.core.device import CPUINFO, choose_precision, fast_in_bfloat16
+from fastproj.core.device import (
+    CPUINFO,
+    choose_precision,
+    exact_float32,
+    fast_in_bfloat16,
+    prepare_device,
+)
 
 CPU = torch.device("cpu")
 
@@ -41,3 +48,39 @@ def test_auto_asks_this_processor_and_a_name_is_obeyed() -> None:
     assert choose_precision("auto", CPU) == asked
     for name in ("float32", "bfloat16", "float16"):
         assert choose_precision(name, CPU) == getattr(torch, name)
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """What torch was told before is told again; it takes all of this without a GPU."""
+    cudnn, products = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.benchmark, cudnn.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32 = before
+    torch.set_float32_matmul_precision(products)
+
+
+def arithmetic() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("tf32", "said"), [(True, ("high", True)), (False, ("highest", False))])
+def test_a_gpu_is_prepared_for_training_or_evaluation(flags: None, tf32: bool, said: tuple) -> None:
+    torch.backends.cudnn.benchmark = False
+    assert prepare_device(torch.device("cuda"), 3, tf32=tf32) == torch.device("cuda", 3)
+    assert torch.backends.cudnn.benchmark and arithmetic() == said
+    with exact_float32():
+        assert arithmetic() == ("highest", False)
+    assert arithmetic() == said
+
+
+def test_a_cpus_arithmetic_stays_as_it_is(flags: None) -> None:
+    before = arithmetic()
+    assert prepare_device(CPU, tf32=not before[1]) == CPU and arithmetic() == before
+
+
+def test_arithmetic_is_as_before_after_an_error(flags: None) -> None:
+    prepare_device(torch.device("cuda"), tf32=True)
+    with pytest.raises(ZeroDivisionError), exact_float32():
+        raise ZeroDivisionError
+    assert arithmetic() == ("high", True)
