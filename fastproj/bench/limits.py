@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import simplejpeg
 import torch
 from torch import Tensor
 
@@ -15,17 +14,22 @@ from fastproj.data.beton import Beton
 def decode(beton: Beton, workers: int) -> Engine:
     """Decode every whole image with libjpeg-turbo on ``workers`` threads."""
 
-    def part(positions: np.ndarray) -> None:
-        size = int((beton.width * beton.height).max()) * 3
-        buffer = np.empty(size, np.uint8)
-        for position in positions.tolist():
-            simplejpeg.decode_jpeg(beton.stored(position), buffer=buffer)
+    def prepare() -> Callable[[], object]:
+        import simplejpeg  # ImportError here: reported as missing
 
-    def call() -> None:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(part, np.array_split(np.arange(len(beton)), workers)))
+        def part(positions: np.ndarray) -> None:
+            size = int((beton.width * beton.height).max()) * 3
+            buffer = np.empty(size, np.uint8)
+            for position in positions.tolist():
+                simplejpeg.decode_jpeg(beton.stored(position), buffer=buffer)
 
-    return Engine("decode alone", "limit", len(beton), lambda: call, "libjpeg-turbo, whole images")
+        def call() -> None:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(part, np.array_split(np.arange(len(beton)), workers)))
+
+        return call
+
+    return Engine("decode alone", "limit", len(beton), prepare, "libjpeg-turbo, whole images")
 
 
 def copy(shape: Sequence[int], device: torch.device, batch: int, images: int) -> Engine:
