@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 
 JPEG, SQUARE, PADDED = 37.5e3, 3 * 160**2, 3 * 400**2  # bytes per image
 DECODE = 1000  # images/s per core
+PREDICTED = 8000  # images/s of one GPU
 SETS = {"CIFAR-10": 50_000, "STL-10": 100_000, "ImageNet-100": 126_689, "ImageNet-1k": 1_281_167}
 LINKS = {  # bytes/s through the ring's slowest link, seconds per hop
     "NVLink, 450 GB/s": (450e9, 3e-6),
@@ -39,7 +41,7 @@ def line(*cells: object) -> str:
 
 
 def reading() -> Iterator[str]:
-    for rate in (1000, 5000, 10_000, 20_000):
+    for rate in (1000, PREDICTED, 10_000, 20_000):
         stored = [f"{gpus * rate * JPEG / 1e9:.2f}" for gpus in (1, 8)]
         cores = [f"{gpus * rate / DECODE:.0f}" for gpus in (1, 8)]
         yield line(f"{rate:,}", *stored, *cores, f"{rate * PADDED / 1e9:.1f}")
@@ -105,6 +107,17 @@ def test_the_decoding_rate_is_near_the_measured_one() -> None:
         rates += [row["rate"] / bench["settings"]["workers"]
                   for row in bench["rows"] if row["engine"] == "decode alone"]  # fmt: skip
     assert median(rates) == pytest.approx(DECODE, rel=0.2)
+
+
+def test_the_predicted_rate_is_the_middle_of_the_predicted_epochs() -> None:
+    (rates,) = re.findall(r"are ([\d,]+)–([\d,]+) images/s", PAGE)
+    low, high = (int(rate.replace(",", "")) for rate in rates)
+    (seconds,) = set(re.findall(r"\| ImageNet-100, .* \| (\d+)–(\d+) s \| 20 s", PAGE))
+    fast, slow = (SETS["ImageNet-100"] / int(s) for s in seconds)
+    assert (low, high) == (pytest.approx(slow, abs=50), pytest.approx(fast, abs=50))
+    assert abs((low + high) / 2 - PREDICTED) < 200
+    steps = [f"{128e3 / PREDICTED:.0f} ms with 128 images", f"{64e3 / PREDICTED:.0f} ms with 64"]
+    assert all(step in " ".join(PAGE.split()) for step in steps)
 
 
 def test_the_commands_make_batches_that_divide() -> None:

@@ -31,11 +31,11 @@ from fastproj.bench import (
     step,
     views,
 )
+from fastproj.bench.gpu import command as gpu
 from fastproj.bench.images import describe
-from fastproj.bench.picture import draw
-from fastproj.core.device import choose_device
+from fastproj.core.device import choose_device, prepare_device
 from fastproj.core.errors import SettingError
-from fastproj.core.machine import cores, keep_freed_memory
+from fastproj.core.machine import cores
 from fastproj.data.beton import open_beton
 from fastproj.runs.environment import environment, installed
 from fastproj.settings import BENCH, BenchSettings, load
@@ -68,9 +68,7 @@ def bench(stage: str, settings: BenchSettings) -> Iterator[dict[str, Any]]:
     """
     given = settings.bench
     betons = {name: getattr(given, name) and open_beton(getattr(given, name)) for name in SETS}
-    device = choose_device(given.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as in fastproj.train; it applies to the peers too
+    device = prepare_device(choose_device(given.device), tf32=True)  # as train; the peers' too
     plan = Plan(**betons, device=device, workers=min(given.workers or cores(), cores()),
                 repeats=given.repeats)  # fmt: skip
     missing = [name for name in SETS if betons[name] is None]
@@ -129,7 +127,7 @@ def number(rate: float) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Measure the stage that the first argument names; settings follow it."""
-    names = (*STAGES, "all")
+    names = (*STAGES, "all", "gpu")
     stage, *rest = argv or ["all"]
     if stage.startswith("-"):
         stage, rest = "all", list(argv)
@@ -138,10 +136,17 @@ def main(argv: Sequence[str]) -> None:
     settings = load(
         BENCH, rest, f"python -m fastproj.bench {'|'.join(names)}", "Rates of each stage."
     )
+    if stage == "gpu":
+        return gpu.run(settings.bench)
     out = Path(settings.bench.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for result in bench(stage, settings):
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result["rows"]))
+    try:
+        from fastproj.bench.picture import draw
+    except ModuleNotFoundError as error:
+        print(f"written: {out}; no picture: {error.name} is not installed", file=sys.stderr)
+        return
     draw(result["rows"], out.with_suffix(".svg"))
     print(f"written: {out} and {out.with_suffix('.svg')}", file=sys.stderr)

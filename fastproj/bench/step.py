@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -62,8 +63,11 @@ def run(
     ]
 
 
-def simclr(beton: Beton, loader: Loader, encoder: str) -> Trainer:
-    """A trainer of SimCLR with the default projector, LARS and the online probe."""
+def simclr(beton: Beton, loader: Loader, encoder: str, **options: Any) -> Trainer:
+    """A trainer of SimCLR with the default projector, LARS and the online probe.
+
+    ``options`` are the trainer's; it compiles on a GPU by default.
+    """
     torch.manual_seed(0)
     body = build_encoder(encoder, "cifar")
     head = build_projector("mlp", num_features(body))
@@ -72,7 +76,8 @@ def simclr(beton: Beton, loader: Loader, encoder: str) -> Trainer:
     groups = [*parameter_groups([body, head], 1e-4), probe_group(learner.probe, 0.1)]
     optimizer = build_optimizer("lars", groups, lr=0.4)
     views = Augmentation(PRESETS["simclr"], beton.manifest.mean, beton.manifest.std)
-    return Trainer(learner, loader, optimizer, [views], compile=loader.device.type == "cuda")
+    options = {"compile": loader.device.type == "cuda", **options}
+    return Trainer(learner, loader, optimizer, [views], **options)
 
 
 def _trained(

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from fastproj.settings.checkers import Bool, Choice, File, Float, Int, KeyOrAddress, OrNull, Texts
+from fastproj.settings.checkers import (
+    Bool,
+    Choice,
+    File,
+    Float,
+    Int,
+    KeyOrAddress,
+    OrNull,
+    Texts,
+)
 from fastproj.settings.schema import Loaded, Needs, Schema, setting
 
 _count = Int(low=1)
@@ -105,8 +114,17 @@ class Bench:
     workers: int = setting(Int(0), "loader threads; 0: every core this process may use", 0)
     repeats: int = setting(_count, "measured calls, after the warm-up", 5)
     out: str = setting(
-        File(), "JSON file to write, and beside it a picture", "bench-results/bench.json"
+        File(),
+        "JSON file to write, and beside it a picture; gpu: folder of its files",
+        "bench-results/bench.json",
     )
+    part: str = setting(
+        Choice("all", "correctness", "cifar10", "imagenet100"), "gpu: what to run", "all"
+    )
+    items: tuple[str, ...] | None = setting(
+        OrNull(Texts()), "gpu: only these items of the part, in quotes; null: all"
+    )
+    tiny: bool = setting(Bool(), "gpu: with so little that a CPU does it, to try it out", False)
 
 
 @dataclass(frozen=True)

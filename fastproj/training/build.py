@@ -30,13 +30,16 @@ from fastproj.training.penalties import divergence, information, sparsity
 from fastproj.training.trainer import Trainer
 
 
-def build_trainer(settings: Settings, rank: dist.Rank, device: torch.device) -> Trainer:
+def build_trainer(
+    settings: Settings, rank: dist.Rank, device: torch.device, beton: Beton | None = None
+) -> Trainer:
     """The trainer of the run that ``settings`` describe, with all its parts.
 
-    Raises ``InputError`` if the beton cannot be used or settings contradict each other.
+    ``beton``: the set, already open; None: the one that ``settings.data.train`` names. Raises
+    ``InputError`` if the beton cannot be used or settings contradict each other.
     """
     optim, train = settings.optim, settings.train
-    beton = open_beton(settings.data.train)
+    beton = open_beton(settings.data.train) if beton is None else beton
     if optim.batch_size % (rank.world_size * optim.accumulate):
         raise InputError(
             f"optim.batch_size {optim.batch_size} cannot be split over {rank.world_size} rank(s) "

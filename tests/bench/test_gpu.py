@@ -1,0 +1,200 @@
+"""The acceptance run: all of it runs on a CPU, with few packages, and keeps what it has."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastproj.bench.__main__ import main
+from fastproj.bench.gpu.cifar10 import run_name
+from fastproj.bench.gpu.command import PARTS
+from fastproj.bench.gpu.record import Check, Figure, NotMeasuredError, Record, figure
+from fastproj.core.errors import SettingError
+
+ROOT = Path(__file__).parents[2]
+SCALING = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+# What a machine with torch, torchvision, numba and timm has, and under it what we carry there.
+THERE = [
+    "torch",
+    "torchgen",
+    "functorch",
+    "torchvision",
+    "numpy",
+    "numba",
+    "llvmlite",
+    "timm",
+    "triton",
+    "nvidia",
+    "cuda",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+    "fsspec",
+    "filelock",
+    "typing_extensions",
+    "PIL",
+    "yaml",
+    "_yaml",
+    "safetensors",
+    "huggingface_hub",
+    "optree",  # torch looks for its metadata, not for the module
+    "fastproj",
+    "fastargs",
+    "terminaltables",
+    "lazy_loader",
+    "tqdm",
+    "psutil",
+]
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in {allowed} or top in sys.stdlib_module_names or top.startswith("_"):
+            return super().find_spec(name, path, target)
+sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+sys.argv = ["bench", *{argv}]
+from fastproj.__main__ import main
+main("bench")
+"""
+
+
+def in_a_bare_python(argv: list[str]) -> subprocess.CompletedProcess:
+    """``fastproj bench`` where nothing but ``THERE`` can be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(allowed=THERE, argv=argv)],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def maker() -> Any:
+    """tools/performance_gpu.py, a script and no package."""
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "tools" / "performance_gpu.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made(name: str, value: float = 2.0, **more: Any) -> Figure:
+    return figure(name, "s", [value - 1, value, value + 3], **more)
+
+
+def test_a_figure_has_the_median_and_the_bounds() -> None:
+    one = figure("f", "ms", [5.0, 1.0, 2.0], note="why")
+    assert (one.median, one.low, one.high, one.n, one.note) == (2.0, 1.0, 5.0, 3, "why")
+
+
+def test_each_figure_is_on_the_disk_before_the_next(tmp_path: Path) -> None:
+    record = Record(tmp_path / "part.json", {"part": "p"})
+
+    def kept() -> Iterator[Figure]:
+        for count in range(3):
+            items = json.loads(record.path.read_text())["items"] if count else [{"found": []}]
+            assert len(items[0]["found"]) == count
+            yield made(f"figure {count}")
+
+    record.run({"an item": kept})
+    assert not record.problems()
+    items = json.loads(record.path.read_text())["items"]
+    assert [f["name"] for f in items[0]["found"]] == ["figure 0", "figure 1", "figure 2"]
+
+
+def test_what_fails_or_does_not_hold_is_told_and_the_rest_is_measured(tmp_path: Path) -> None:
+    def fails() -> Iterator[Figure]:
+        yield made("before")
+        raise ZeroDivisionError("no")
+
+    def absent() -> Iterator[Figure]:
+        raise NotMeasuredError("it is not here")
+        yield
+
+    record = Record(tmp_path / "part.json", {"part": "p"})
+    record.run({
+        "fails": fails, "absent": absent, "checks": lambda: [Check("holds", True, ""),
+                                                            Check("does not", False, "")],
+    })  # fmt: skip
+    failed, missing, checks = json.loads(record.path.read_text())["items"]
+    assert failed["found"][0]["name"] == "before" and "ZeroDivisionError: no" in failed["error"]
+    assert missing["missing"] == "it is not here" and not missing["error"]
+    assert len(checks["found"]) == 2
+    assert record.problems() == ["fails", "does not"]
+
+
+def test_no_item_starts_when_the_time_is_spent(tmp_path: Path) -> None:
+    record = Record(tmp_path / "part.json", {"part": "p"}, limit=0.0)
+    record.run({"late": lambda: pytest.fail("it started")})
+    assert "0 s were spent" in json.loads(record.path.read_text())["items"][0]["missing"]
+
+
+def test_a_file_is_no_folder_for_its_files(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="give --bench.out FOLDER"):
+        main(["gpu", "--bench.out", str(tmp_path / "one.json")])
+
+
+@pytest.mark.slow
+def test_the_whole_runs_with_few_packages_and_leaves_figures_that_are_predicted(
+    tmp_path: Path, maker: Any
+) -> None:
+    done = in_a_bare_python(
+        ["gpu", "--bench.out", str(tmp_path), "--bench.tiny", "true", "--bench.device", "cpu",
+         "--bench.workers", "1"]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in PARTS}
+    missing = {item["name"]: item["missing"] for result in results.values()
+               for item in result["items"] if item["missing"]}  # fmt: skip
+    assert missing.keys() == {"tests marked gpu", "slow tests marked gpu", "compiled steps",
+                              "accuracy"}  # fmt: skip
+    assert missing["tests marked gpu"] == "pytest is not installed"
+    for part, result in results.items():
+        assert result["tiny"] and result["settings"]["device"] == "cpu"
+        for item in result["items"]:
+            assert not item["error"] and (item["found"] or item["missing"]), (part, item["name"])
+            assert all(one.get("passed", True) for one in item["found"]), item
+    names = [one["name"] for result in results.values() for item in result["items"]
+             for one in item["found"]]  # fmt: skip
+    assert len(names) == len(set(names))
+    for predicted in maker.predictions(SCALING):  # on a CPU the batches are of 4
+        tiny = predicted.rpartition(" ")[0] + " 4, "
+        assert [name for name in names if name.startswith(tiny) and name.endswith(", an epoch")]
+    page = maker.page(results, SCALING)
+    for name in names:
+        assert name in page
+
+
+def test_the_page_is_what_the_script_writes_now(maker: Any) -> None:
+    written = maker.PAGE.read_text(encoding="utf-8")
+    assert written == maker.page(maker.load(), SCALING), "run: python tools/performance_gpu.py"
+
+
+def test_a_figure_stands_beside_its_prediction_and_its_goal(maker: Any) -> None:
+    name = f"{run_name(256, 'graphs', True)}, an epoch"
+    found = made(name, peak_bytes=3 * 10**9, data_wait=0.0123, share=0.2, note="so")
+    entry = {"name": "run", "found": [found.__dict__], "missing": "", "error": ""}
+    text = maker.item(entry, maker.predictions(SCALING))
+    row = [name, "1.6–2.1 s", "2.0 s", "2 s", "1 – 5", "3", "3.00 GB", "1.2%", "20.0%", "so"]
+    assert f"| {' | '.join(row)} |" in text
+    other = maker.item(entry | {"found": [made(f"{name}, other").__dict__]}, {})
+    assert "predicted" not in other and "goal" not in other
+
+
+def test_a_page_tells_what_failed_and_what_was_not_measured(maker: Any) -> None:
+    entry = {"name": "run", "found": [Check("equal", False, "1 differs").__dict__],
+             "missing": "no time", "error": "Traceback\n  x\nZeroDivisionError: no\n"}  # fmt: skip
+    text = maker.item(entry, {})
+    for shown in ("| equal | **no** | 1 differs |", "Not measured: no time.", "`ZeroDivisionError"):
+        assert shown in text
+    assert "Not measured: no GPU" in maker.page({}, SCALING)
