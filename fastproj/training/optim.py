@@ -16,6 +16,7 @@ from fastproj.models.architectures import undecayed
 from fastproj.training import OPTIMIZERS
 
 Group = dict[str, Any]
+SMALL = 2**18  # elements: LARS scales tensors of at most this size together (1 MB of factors each)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[Group]:
@@ -93,7 +94,7 @@ class Lars(torch.optim.Optimizer):
             grads = list(torch._foreach_div(grads, scale))
         updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(updates, _trust_ratios(params, grads, group))
+            _scale(updates, _trust_ratios(params, grads, group))
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -108,12 +109,42 @@ class Lars(torch.optim.Optimizer):
                 now.copy_(torch.where(not_finite > 0, old, now))
 
 
-def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: Group) -> list[Tensor]:
+def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: Group) -> Tensor:
+    """One number per parameter, (n,)."""
     weight = torch.stack(torch._foreach_norm(params))
     gradient = torch.stack(torch._foreach_norm(grads))
     rate = group["trust_coefficient"] * weight / (gradient + group["weight_decay"] * weight + 1e-8)
     rate = torch.where((weight > 0) & (gradient > 0), rate, 1.0)
-    return list((rate / group["lr"]).clamp(max=1.0).unbind())
+    return (rate / group["lr"]).clamp(max=1.0)
+
+
+def _scale(updates: Sequence[Tensor], ratios: Tensor) -> None:
+    """Multiply each tensor by its number of ``ratios``, in place.
+
+    A list of 0-dim tensors makes a GPU launch one kernel per tensor. So there the ratios of small
+    tensors are first repeated for each element, which one kernel does for many tensors; then one
+    kernel multiplies many. Products are the same to the bit.
+    """
+    one_by_one = list(zip(updates, ratios.unbind(), strict=True))
+    if ratios.is_cuda:
+        together = [(update, ratio) for update, ratio in one_by_one if update.numel() <= SMALL]
+        one_by_one = [(update, ratio) for update, ratio in one_by_one if update.numel() > SMALL]
+        if together:
+            _scale_together(*zip(*together, strict=True))
+    if one_by_one:
+        torch._foreach_mul_(*map(list, zip(*one_by_one, strict=True)))
+
+
+def _scale_together(updates: Sequence[Tensor], ratios: Sequence[Tensor]) -> None:
+    """The same for dense tensors: foreach is fast for two lists of equal shapes and strides."""
+    sizes = [update.numel() for update in updates]
+    pairs = zip(ratios, sizes, strict=True)
+    repeated = torch.cat([ratio.expand(size) for ratio, size in pairs]).split(sizes)
+    factors = [
+        part.as_strided(update.shape, update.stride(), part.storage_offset())
+        for part, update in zip(repeated, updates, strict=True)
+    ]
+    torch._foreach_mul_(list(updates), factors)
 
 
 def lars(

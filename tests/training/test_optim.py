@@ -1,15 +1,19 @@
 import math
+from unittest import mock
 
 import pytest
 import timm.optim
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastproj.core.errors import SettingError
 from fastproj.models.encoders import build_encoder
 from fastproj.models.projector import build_projector
 from fastproj.training.optim import (
     Lars,
+    _scale,
+    _scale_together,
     build_optimizer,
     parameter_groups,
     probe_group,
@@ -115,6 +119,37 @@ def test_lars_skips_a_step_that_a_scaler_finds_not_finite():
     assert scaler.get_scale() == 4.0
     for p, q in zip(sum(ours, []), sum(theirs, []), strict=True):
         torch.testing.assert_close(scaled.state[p], plain.state[q])
+
+
+def test_scaling_together_gives_the_bits_of_scaling_one_by_one():
+    """Filters in channels-last memory too, whose elements lie in another order."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3, 3, 3), (7, 5), (1, 1), (4, 6, 1, 1), (2, 3, 5)]
+    updates = [torch.randn(shape, generator=generator) for shape in shapes]
+    updates[0] = updates[0].contiguous(memory_format=torch.channels_last)
+    ratios = torch.rand(len(shapes), generator=generator)
+    wanted = [update * ratio for update, ratio in zip(updates, ratios, strict=True)]
+    strides = [update.stride() for update in updates]
+    _scale_together(updates, ratios.unbind())
+    for update, product, stride in zip(updates, wanted, strides, strict=True):
+        assert torch.equal(update, product) and update.stride() == stride
+
+
+def test_a_gpu_scales_small_tensors_together_and_large_ones_alone():
+    """Counted on tensors without data: two calls of foreach, and every tensor in one of them."""
+    calls = []
+
+    def record(updates, factors):
+        pairs = zip(updates, factors, strict=True)
+        calls.append([(tuple(update.shape), tuple(factor.shape)) for update, factor in pairs])
+
+    with FakeTensorMode(), torch.device("cuda"):
+        updates = [torch.empty(3, 4), torch.empty(600, 600), torch.empty(2, 2, 1, 1)]
+        with mock.patch.object(torch, "_foreach_mul_", record):
+            _scale(updates, torch.empty(3))
+            _scale(updates[1:2], torch.empty(1))
+    small = [((3, 4), (3, 4)), ((2, 2, 1, 1), (2, 2, 1, 1))]
+    assert calls == [small, [((600, 600), ())], [((600, 600), ())]]
 
 
 @pytest.mark.gpu
