@@ -20,6 +20,9 @@ from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.fill import Fill
 
 CHUNK = 4096  # images per copy to the device: fast, and small compared with the set
+# Images whose order and boxes are drawn and copied to the device at once. For 50,000 images drawing
+# takes 18 ms, in batches of 256 it takes 48 ms (one core of a Xeon, medians of 9 and 31 calls).
+DRAWN = 2**16
 
 
 def is_uniform(beton: Beton) -> bool:
@@ -73,12 +76,19 @@ class ResidentLoader(Loader):
                     bar.update(len(positions))
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
-        for step in steps:
-            positions = self.order.batch(epoch, step)
-            where = to_device(positions, self.device)
-            images = self.images[where]
-            crops = tuple(
-                crop_batch(images, to_device(boxes, self.device), crop.size).flatten(0, 1)
-                for crop, boxes in zip(self.crops, self._boxes(epoch, positions), strict=True)
-            )
-            yield Batch(crops, self.labels[where], self.index[where])
+        at_once = max(1, DRAWN // self.order.batch_size)
+        for first in range(steps.start, steps.stop, at_once):
+            some = range(first, min(first + at_once, steps.stop))
+            batches = [self.order.batch(epoch, step) for step in some]
+            positions, sizes = np.concatenate(batches), [len(batch) for batch in batches]
+            places = to_device(positions, self.device).split(sizes)
+            boxes = [to_device(box, self.device) for box in self._boxes(epoch, positions)]
+            for where, *of_step in zip(
+                places, *(box.split(sizes, 1) for box in boxes), strict=True
+            ):
+                images = self.images[where]
+                crops = tuple(
+                    crop_batch(images, box, crop.size).flatten(0, 1)
+                    for crop, box in zip(self.crops, of_step, strict=True)
+                )
+                yield Batch(crops, self.labels[where], self.index[where])

@@ -26,6 +26,8 @@ Event = Literal["start", "step", "epoch", "probe", "checkpoint", "end", "error"]
 Part = Literal["data_wait", "step", "pause"]
 T = TypeVar("T")
 
+KEPT = 256  # steps whose metrics are kept one by one, each a tensor on the device
+
 
 class Journal:
     """Appends events to the file ``path`` and shows them: a bar on a terminal, else lines.
@@ -241,6 +243,8 @@ class StepMeter:
         """``step``: optimizer steps done before this epoch, or before the rest of it."""
         self._epoch, self._logged = epoch, step
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
         self._began = self._since = self._clock.seconds()
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -256,6 +260,9 @@ class StepMeter:
         """
         for name, value in metrics.items():
             self._metrics[name].append(value)
+        self._steps += 1
+        if self._steps % KEPT == 0:
+            self._fold()
         logged = step % self._every == 0
         if logged:
             loss = dist.mean(metrics["loss"]).item()  # the only wait for the device
@@ -277,18 +284,26 @@ class StepMeter:
 
     def end_epoch(self, step: int, diagnostics: Callable[[], Mapping[str, Any]]) -> None:
         """Write each metric's mean over the epoch's steps and all ranks, and ``diagnostics()``."""
-        means = {n: dist.mean(torch.stack(v).mean()).item() for n, v in self._metrics.items()}
+        self._fold()
+        means = {n: dist.mean(total / self._steps).item() for n, total in self._sums.items()}
         self._clock.lap("step")
         self._journal.event(
             "epoch",
             step=step,
             epoch=self._epoch,
-            steps=len(self._metrics["loss"]),
+            steps=self._steps,
             **means,
             diagnostics=diagnostics(),
             seconds=self._clock.seconds(self._began),
         )
         self.pause()
+
+    def _fold(self) -> None:
+        """Add the kept steps' metrics to their sums, in float64, without a wait for the device."""
+        for name, values in self._metrics.items():
+            total = torch.stack(values).double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._metrics.clear()
 
     def pause(self) -> None:
         """What was done since the last call, a checkpoint for example, was no training."""

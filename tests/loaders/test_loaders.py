@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -460,6 +461,25 @@ def test_resident_reads_the_set_in_pieces(small: Beton, monkeypatch: pytest.Monk
     assert torch.equal(whole.images, pieces.images)
     stored = np.array(small.stored(70)).reshape(20, 20, 3)
     assert np.array_equal(pieces.images[70].permute(1, 2, 0), stored)
+
+
+def test_resident_draws_an_epoch_at_once_and_in_parts_alike(
+    small: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """75 images in batches of 8, the last of 3, from the third step on."""
+    given = {"start": 2, "drop_last": False}
+    stream = epoch(small, "stream", 1, **given)
+    for drawn, calls in ((2**16, 1), (16, 4), (1, 8)):
+        monkeypatch.setattr(resident, "DRAWN", drawn)
+        with mock.patch.object(
+            ResidentLoader, "_boxes", autospec=True, side_effect=ResidentLoader._boxes
+        ) as draw:
+            batches = epoch(small, "resident", 1, **given)
+        assert draw.call_count == calls
+        for ours, other in zip(batches, stream, strict=True):
+            assert torch.equal(ours.index, other.index) and torch.equal(ours.labels, other.labels)
+            for crops, wanted in zip(ours.crops, other.crops, strict=True):
+                assert (crops.int() - wanted.int()).abs().max() <= 2
 
 
 def test_each_loader_says_why_it_was_chosen(small: Beton) -> None:

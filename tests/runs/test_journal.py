@@ -303,8 +303,36 @@ def test_run_clock_parts_add_up_to_the_time_on_the_wall():
     assert later["pause"] == parts["pause"]
 
 
-def test_the_meter_logs_rates_and_averages_an_epoch(tmp_path):
-    """Two epochs of three steps, every second step logged."""
+def test_diagnostics_and_pauses_count_as_no_waiting_for_data(tmp_path, monkeypatch):
+    """A clock that only moves where time is spent: 1 s for data, 2 s in a step, 5 s after them."""
+    now = [0.0]
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+        return {}
+
+    def batches():
+        for number in range(3):
+            spend(1.0)
+            yield number
+
+    with Journal(tmp_path / "metrics.jsonl", main=True, total=6) as book:
+        meter = StepMeter(book, batch_size=10, every=100)
+        for epoch in range(2):
+            meter.begin_epoch(epoch, 3 * epoch)
+            for number in meter.batches(batches()):
+                spend(2.0)
+                meter.step(3 * epoch + number + 1, {"loss": torch.tensor(1.0)}, lr=0.1)
+            meter.end_epoch(3 * epoch + 3, lambda: spend(5.0))
+    epochs = [e["seconds"] for e in journal.read(tmp_path / "metrics.jsonl")]
+    assert epochs == [{"data_wait": 3.0, "step": 6.0, "pause": 0.0}] * 2
+
+
+@pytest.mark.parametrize("kept", [1, 2, 256])
+def test_the_meter_logs_rates_and_averages_an_epoch(tmp_path, monkeypatch, kept):
+    """Two epochs of three steps, every second step logged; at most ``kept`` steps' metrics held."""
+    monkeypatch.setattr(journal, "KEPT", kept)
     step = 0
     with Journal(tmp_path / "metrics.jsonl", main=True, total=6) as book:
         meter = StepMeter(book, batch_size=10, every=2)
@@ -314,6 +342,7 @@ def test_the_meter_logs_rates_and_averages_an_epoch(tmp_path):
                 time.sleep(0.01)
                 step += 1
                 assert meter.step(step, {"loss": loss, "hits": loss / 2}, lr=0.1) == (step % 2 == 0)
+                assert all(len(values) < kept for values in meter._metrics.values())
             meter.end_epoch(step, lambda: {"rankme": 2.5})
             time.sleep(0.02)
             meter.pause()
