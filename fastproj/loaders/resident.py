@@ -83,9 +83,8 @@ class ResidentLoader(Loader):
             positions, sizes = np.concatenate(batches), [len(batch) for batch in batches]
             places = to_device(positions, self.device).split(sizes)
             boxes = [to_device(box, self.device) for box in self._boxes(epoch, positions)]
-            for where, *of_step in zip(
-                places, *(box.split(sizes, 1) for box in boxes), strict=True
-            ):
+            by_step = zip(places, *(box.split(sizes, 1) for box in boxes), strict=True)
+            for where, *of_step in by_step:
                 images = self.images[where]
                 crops = tuple(
                     crop_batch(images, box, crop.size).flatten(0, 1)

@@ -90,6 +90,11 @@ class Trainer:
         self.diagnostics = diagnostics or Diagnostics(learner.projector)
         self.diagnostics_every = diagnostics_every
         self.precision = precision or choose_precision("auto", self.device)
+        if self.device.type == "cuda" and self.precision is not torch.float32:
+            for augmentation in self.augmentations:
+                # Autocast would round views to this type at the first layer, after twice the bytes
+                # were written and read.
+                augmentation.dtype = self.precision
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision is torch.float16 and self.device.type == "cuda"
         )

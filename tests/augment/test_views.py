@@ -299,3 +299,20 @@ def test_gpu_never_waits_and_equals_the_cpu(compiled):
         crops.cpu(), Params(*(p.cpu() for p in params))
     )
     assert (out.cpu() - on_cpu).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_in_half_precision_are_what_autocast_makes_of_float32(dtype: torch.dtype) -> None:
+    """So a step on a GPU, which takes them, computes the bits that it did with float32 views."""
+    crops = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    full, half = (
+        Augmentation(PRESETS["simclr"], (0.5,) * 3, (0.25,) * 3, kind)
+        for kind in (torch.float32, dtype)
+    )
+    params = full.sample(2, torch.Generator().manual_seed(0))
+    full.reach = half.reach = 3
+    there, here = full.chain(crops, params), half.chain(crops, params)
+    assert here.dtype == dtype and torch.equal(here, there.to(dtype))
+    layer = torch.nn.Conv2d(3, 4, 3)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(layer(there), layer(here))

@@ -111,6 +111,22 @@ def test_a_step_stays_on_the_device_and_reads_nothing(
         assert state["momentum_buffer"].device == GPU
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_have_the_type_that_the_step_computes_in(
+    beton: Beton, precision: torch.dtype, fake_gpu: None
+) -> None:
+    trainer = trainer_of(beton, precision=precision)
+
+    def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+        """Stop here: torch refuses autocast for a GPU that is not there."""
+        raise InterruptedError([view.dtype for view in given[0]])
+
+    trainer.learner.register_forward_pre_hook(look)
+    with pytest.raises(InterruptedError) as seen:
+        step(trainer)
+    assert seen.value.args == ([precision],)
+
+
 def test_views_of_a_gpu_are_in_channels_last_memory(beton: Beton, fake_gpu: None) -> None:
     views = trainer_of(beton).augmentations[0]
     crops = torch.empty(8, 3, 16, 16, dtype=torch.uint8, device=GPU)
