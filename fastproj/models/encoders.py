@@ -15,6 +15,7 @@ from fastproj.models.architectures import (
     is_address,
     output_width,
 )
+from fastproj.models.pool import MaxPool2d
 
 STEMS = ("imagenet", "cifar")
 DEFAULT_SIZE = 224  # pixels: of a function's module, which says nothing
@@ -42,6 +43,7 @@ def from_torchvision(resnet: ResNet, stem: str, padding: int = 2) -> Encoder:
     """
     layers = dict(resnet.named_children())
     features = layers.pop("fc").in_features
+    layers["maxpool"] = MaxPool2d(3, 2, padding=1)
     if stem == "cifar":
         layers["conv1"] = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
         layers["maxpool"] = nn.Identity()
@@ -77,7 +79,7 @@ def resnet_small(stem: str) -> Encoder:
     else:
         layers["conv1"] = nn.Conv2d(3, first, 7, stride=2, padding=3, bias=False)
     layers |= {"bn1": nn.BatchNorm2d(first), "relu": nn.ReLU(inplace=True)}
-    layers["maxpool"] = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
+    layers["maxpool"] = nn.Identity() if stem == "cifar" else MaxPool2d(3, 2, padding=1)
     layers["layer1"] = BasicBlock(first, first)
     for number, (before, width) in enumerate(pairwise(SMALL_WIDTHS), start=2):
         shortcut = nn.Sequential(conv1x1(before, width, stride=2), nn.BatchNorm2d(width))
