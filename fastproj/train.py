@@ -80,8 +80,14 @@ def train(settings: Settings) -> Path:
             if found:
                 _load(trainer, found, settings)
             journal = _open_journal(run, found, trainer, settings)
-        with trainer.loader, Interruption() as interruption, journal, dist.losing_ranks():
-            _loop(trainer, online, journal, run.checkpoints, interruption, settings)
+        with (
+            trainer.loader,
+            Interruption() as interruption,
+            journal,
+            checkpoint.Writer() as writer,
+            dist.losing_ranks(),
+        ):
+            _loop(trainer, online, journal, writer, run.checkpoints, interruption, settings)
     finally:
         dist.stop()
     if interruption.signal:
@@ -237,6 +243,7 @@ def _loop(
     trainer: Trainer,
     online: OnlineAccuracy | None,
     journal: Journal,
+    writer: checkpoint.Writer,
     checkpoints: Path,
     interruption: Interruption,
     settings: Settings,
@@ -249,12 +256,13 @@ def _loop(
     def save() -> None:
         if dist.is_main():
             path = checkpoint.step_path(checkpoints, trainer.step)
-            checkpoint.save(path, _state(trainer, settings), how.keep)
-            journal.event("checkpoint", step=trainer.step, file=path.name)
+            told = partial(journal.event, "checkpoint", step=trainer.step, file=path.name)
+            writer.save(path, _state(trainer, settings), how.keep, told)
         meter.pause()
 
     if first == 0:
         save()  # so that a run killed in its first epoch can be resumed as well
+        writer.wait()
     while trainer.step < last:
         epoch = trainer.loader.cursor[0]
         meter.begin_epoch(epoch, trainer.step)
@@ -264,6 +272,7 @@ def _loop(
                 meter.pause()
             metrics = trainer.train_step(batch)
             logged = meter.step(trainer.step, metrics, trainer.optimizer.param_groups[0]["lr"])
+            writer.check()
             if interruption.requested(agree=logged) or trainer.step == last:
                 break
         done = trainer.loader.cursor == (epoch + 1, 0)
@@ -278,6 +287,7 @@ def _loop(
             save()
         if not done:
             break
+    writer.wait()
     if trainer.step == trainer.total_steps:
         meter.end(trainer.step)
 

@@ -1,12 +1,18 @@
 """Checkpoints: written whole or not at all, checked when read, the last few kept."""
 
 import argparse
+import contextlib
+import copy
 import re
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing, writing
@@ -43,6 +49,93 @@ def save(path: str | Path, state: dict[str, Any], keep: int) -> None:
     left_by_a_kill = path.parent.glob("step-*.pt.*.tmp")
     for other in [*others[keep - 1 :], *left_by_a_kill]:
         other.unlink()
+
+
+class Writer:
+    """Saves in a thread of its own, one checkpoint at a time, while training goes on.
+
+    What is saved is the state at the call: its tensors are copied first, those of a GPU into pinned
+    memory without a wait for the device. A context manager: at its end the last file is complete.
+    Errors of ``save`` are raised by the next ``check``, ``wait`` or ``save`` and at the end.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "fastproj-checkpoint")
+        self._job: tuple[Future[None], Callable[[], None]] | None = None
+
+    def save(
+        self, path: str | Path, state: dict[str, Any], keep: int, written: Callable[[], None]
+    ) -> None:
+        """``save`` in the thread, after the one under way has ended.
+
+        The caller's thread calls ``written`` when the file is complete, in one of these methods.
+        """
+        self.wait()
+        copied, copying = snapshot(state)
+        self._job = self._pool.submit(_save_copy, path, copied, copying, keep), written
+
+    def check(self) -> None:
+        """Raise what the thread raised, or call ``written``, if it has ended; do not wait."""
+        if self._job is not None and self._job[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """The same, after the thread has ended."""
+        if self._job is not None:
+            (job, written), self._job = self._job, None
+            job.result()
+            written()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # An exception that is leaving already is the one to be told.
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            self.wait()
+        self._pool.shutdown()
+
+
+def snapshot(state: Any) -> tuple[Any, torch.cuda.Event | None]:
+    """A copy of nested dicts, lists and tuples and of their tensors, on the CPU.
+
+    The second result, if there is one, has to be waited for: the device then has copied all.
+    """
+    on_gpu = False
+
+    def copied(value: Any) -> Any:
+        nonlocal on_gpu
+        if isinstance(value, Tensor):
+            on_gpu = on_gpu or value.is_cuda
+            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            return host.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            same = copy.copy(value)  # a module's state dict holds versions beside its entries
+            same.update((name, copied(inner)) for name, inner in value.items())
+            return same
+        if type(value) in (list, tuple):
+            return type(value)(copied(inner) for inner in value)
+        return value
+
+    result = copied(state)
+    event = None
+    if on_gpu:
+        event = torch.cuda.Event()
+        event.record()
+    return result, event
+
+
+def _save_copy(
+    path: str | Path, state: dict[str, Any], copying: torch.cuda.Event | None, keep: int
+) -> None:
+    if copying is not None:
+        copying.synchronize()
+    save(path, state, keep)
 
 
 def load(path: str | Path) -> dict[str, Any]:

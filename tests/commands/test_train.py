@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
+from fastproj.loaders import Batch
 from fastproj.prepare.encode import Store
 from fastproj.runs import checkpoint, journal
 from fastproj.settings import RUN, load
 from fastproj.train import main, train
+from fastproj.training.trainer import Trainer
 from tests.support.betons import digit_like, photographs, write
 
 BASE = {
@@ -363,6 +366,37 @@ def test_a_diverging_run_names_the_metric_and_keeps_its_checkpoints(
     with pytest.raises(InputError, match=r"loss is nan at step .* lower --optim.lr"):
         run(beton, tmp_path, optim__optimizer="sgd", optim__lr=1e12, optim__warmup_epochs=0)
     assert journal.read(tmp_path / "r" / "metrics.jsonl")[-1]["event"] == "error"
+    newest = checkpoint.latest(tmp_path / "r" / "checkpoints")
+    assert newest and checkpoint.load(newest)["step"] == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(
+    beton: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch's last checkpoint fails while the second epoch is under way."""
+    save, failed = checkpoint.save, threading.Event()
+
+    def full(path: Path, state: dict, keep: int) -> None:
+        if state["step"] > 0:
+            failed.set()
+            raise InputError("no room")
+        save(path, state, keep)
+
+    step = Trainer.train_step
+
+    def after_it(trainer: Trainer, batch: Batch) -> dict:
+        assert trainer.step <= 5 or failed.wait(30)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(Trainer, "train_step", after_it)
+    with pytest.raises(InputError, match="no room"):
+        run(beton, tmp_path)
+    events = journal.read(tmp_path / "r" / "metrics.jsonl")
+    assert events[-1]["event"] == "error" and "no room" in events[-1]["message"]
+    assert 5 <= [e["step"] for e in events if e["event"] == "step"][-1] <= 7
+    monkeypatch.undo()
+    assert [e["step"] for e in events if e["event"] == "checkpoint"] == [0]
     newest = checkpoint.latest(tmp_path / "r" / "checkpoints")
     assert newest and checkpoint.load(newest)["step"] == 0
 

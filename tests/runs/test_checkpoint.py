@@ -7,9 +7,11 @@ import random
 import resource
 import signal
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +90,75 @@ def test_keeps_what_it_just_saved_and_files_of_others(tmp_path):
 def test_latest_of_nothing(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_a_writer_keeps_the_state_at_the_call(tmp_path):
+    """The file is written after the weights have moved, and is as one that was written at once."""
+    saved, path = state(7), checkpoint.step_path(tmp_path, 7)
+    saved["conv"] = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    checkpoint.save(tmp_path / "step-1.pt", saved, keep=5)
+    go = threading.Event()
+    with held_back(go), checkpoint.Writer() as writer:
+        writer.save(path, saved, 5, lambda: None)
+        for tensor in [*saved["model"].values(), saved["conv"], saved["random"]]:
+            tensor.zero_()
+        saved["optimizer"]["param_groups"][0]["lr"] = 9.0
+        saved["step"] = 8
+        go.set()
+    at_once, later = checkpoint.load(tmp_path / "step-1.pt"), checkpoint.load(path)
+    assert equal(later, at_once) and later["conv"].stride() == at_once["conv"].stride()
+    assert later["model"]._metadata == at_once["model"]._metadata
+
+
+@contextlib.contextmanager
+def held_back(go: threading.Event):
+    """Within it, ``save`` of other threads begins when ``go`` is set."""
+    save = checkpoint.save
+    with mock.patch.object(checkpoint, "save", lambda *given: (go.wait(30), save(*given))):
+        yield
+
+
+def test_a_writer_has_one_checkpoint_under_way_and_tells_what_is_written(tmp_path):
+    told, go = [], threading.Event()
+
+    def save(step):
+        path = checkpoint.step_path(tmp_path, step)
+        writer.save(path, {"step": step}, 5, lambda: told.append((step, path.exists())))
+
+    with held_back(go), checkpoint.Writer() as writer:
+        save(1)
+        writer.check()
+        assert not told and names(tmp_path) == []
+        threading.Timer(0.05, go.set).start()
+        save(2)  # waits for the first
+        assert told == [(1, True)]
+        writer.wait()
+        assert told == [(1, True), (2, True)]
+        save(3)
+    assert told[2:] == [(3, True)]
+
+
+def fails(path, state, keep):
+    raise InputError("no room")
+
+
+def test_an_error_of_a_writer_comes_at_the_next_check_and_once(tmp_path):
+    with mock.patch.object(checkpoint, "save", fails), checkpoint.Writer() as writer:
+        writer.save(tmp_path / "step-1.pt", {}, 1, lambda: pytest.fail("written"))
+        with pytest.raises(InputError, match="no room"):
+            while True:
+                writer.check()
+        writer.check()
+        writer.wait()
+
+
+def test_an_error_of_a_writer_comes_at_the_end_but_hides_no_other(tmp_path):
+    with mock.patch.object(checkpoint, "save", fails):
+        with pytest.raises(InputError, match="no room"), checkpoint.Writer() as writer:
+            writer.save(tmp_path / "step-1.pt", {}, 1, lambda: None)
+        with pytest.raises(ZeroDivisionError), checkpoint.Writer() as writer:
+            writer.save(tmp_path / "step-1.pt", {}, 1, lambda: None)
+            raise ZeroDivisionError
 
 
 def save_for_ever(folder: Path) -> None:
