@@ -47,6 +47,7 @@ def open_loader(
     loader: Loader = ENGINES[engine](beton, crops, order, device, workers)
     if isinstance(loader, StreamLoader):
         reason += f"; at most {loader.memory / 1e6:,.0f} MB for batches in progress"
+        reason += f"; {loader.advice}" if loader.advice else ""
     loader.reason = reason
     return loader
 

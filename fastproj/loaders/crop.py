@@ -72,13 +72,17 @@ def resize_matrices(start: Tensor, length: Tensor, size: int, full: int) -> Tens
     return torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])) / 2048
 
 
-def batch_like(views: int, batch: int, size: int, device: torch.device) -> Tensor:
+def batch_like(
+    views: int, batch: int, size: int, device: torch.device, *, pinned: bool = False
+) -> Tensor:
     """An unwritten (views, B, 3, size, size) uint8 batch in channels-last memory.
 
-    Fresh for every batch, so that whoever receives it owns it.
+    Fresh for every batch, so that whoever receives it owns it. ``pinned``: to be copied to a GPU.
     """
     shape = (views, batch, size, size, 3)
-    if device.type == "cpu":
+    if pinned:
+        empty = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    elif device.type == "cpu":
         empty = torch.from_numpy(unwritten(shape, np.uint8))
     else:
         empty = torch.empty(shape, dtype=torch.uint8, device=device)

@@ -4,9 +4,9 @@ It reads FFCV's file format, but not with FFCV's loader: version 1.0.2 recompile
 each start, hangs when a worker raises, overwrites buffers that it has handed out, cannot start
 inside an epoch, and enlarges by nearest neighbor.
 
-For a GPU the threads only decode, into pinned memory; the copy and the crops run on their own CUDA
-stream, in parallel with the step. On a CPU the thread that decoded an image also crops it, while it
-is still in cache.
+The thread that decoded an image also crops it, while it is still in cache. For a GPU with few
+cores the threads only decode, into pinned memory, and the GPU crops (see ``CROPPING_THREADS``).
+Copies and crops on the GPU run on their own CUDA stream, in parallel with the step.
 
 Large samples are read in random order: we announce the next ones (MADV_WILLNEED) and disable
 read-ahead (MADV_RANDOM). Measured on 2,048 photographs (78 MB) of a 460 MB file that was not in the
@@ -33,7 +33,13 @@ from fastproj.loaders.base import Batch, Loader, to_device
 from fastproj.loaders.crop import batch_like, crop_batch
 from fastproj.loaders.fill import Fill, read_at_random
 
+CPU = torch.device("cpu")
 AHEAD = 2  # batches in progress beside the one that the caller holds
+# For a GPU, so many threads and more also crop: decoding and two exact crops to 224 pixels take
+# 1.16 ms per image and core, and 8,000 images/s are predicted of an H100's step (docs/scaling.md).
+# Fewer threads leave the crops to the GPU. Not measured on a GPU.
+CROPPING_THREADS = 10
+PADDED_BYTES = 1 << 30  # of a batch that a GPU crops; of a larger one, the threads crop the images
 PREFETCHED = 16 << 10  # mean bytes per sample from which samples are announced to the kernel
 
 
@@ -47,15 +53,29 @@ class StreamLoader(Loader):
         if self._prefetch:
             read_at_random(self.beton)
         self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._gpu_crops = self._beside is not None and self.workers < CROPPING_THREADS
 
     @property
     def memory(self) -> int:
         """Upper bound in bytes of host memory for batches in progress."""
-        if self._beside is not None:
-            each = 3 * int(self.beton.height.max() * self.beton.width.max())
-        else:
-            each = sum(3 * crop.num_views * crop.size**2 for crop in self.crops)
-        return (AHEAD + 1) * self.order.batch_size * each
+        batch = self.order.batch_size
+        largest = batch * sum(3 * crop.num_views * crop.size**2 for crop in self.crops)
+        if self._gpu_crops:
+            padded = batch * _padded(self.beton.height, self.beton.width)
+            largest = padded if padded <= PADDED_BYTES else max(largest, PADDED_BYTES)
+        return (AHEAD + 1) * largest
+
+    @property
+    def advice(self) -> str:
+        """What to do about batches that are too large to be cropped by the GPU; mostly empty."""
+        side = int(max(self.beton.height.max(), self.beton.width.max()))
+        padded = self.order.batch_size * _padded(self.beton.height, self.beton.width)
+        if not self._gpu_crops or padded <= PADDED_BYTES:
+            return ""
+        return (
+            f"threads crop the batches that hold images of up to {side} pixels; for speed write "
+            "the set with a lower --data.max_resolution"
+        )
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         pool = ThreadPoolExecutor(self.workers, "fastproj-stream")
@@ -75,14 +95,15 @@ class StreamLoader(Loader):
     def _start(self, pool: ThreadPoolExecutor, epoch: int, step: int) -> "_Pending":
         positions = self.order.batch(epoch, step)
         pending = _Pending(positions, self._boxes(epoch, positions))
-        if self._beside is not None:
-            height = int(self.beton.height[positions].max(initial=1))
-            width = int(self.beton.width[positions].max(initial=1))
-            shape = (len(positions), height, width, 3)
+        height, width = self.beton.height[positions], self.beton.width[positions]
+        if self._gpu_crops and len(positions) * _padded(height, width) <= PADDED_BYTES:
+            shape = (len(positions), int(height.max(initial=1)), int(width.max(initial=1)), 3)
             pending.images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             pending.crops = [
-                batch_like(crop.num_views, len(positions), crop.size, self.device)
+                batch_like(
+                    crop.num_views, len(positions), crop.size, CPU, pinned=self._beside is not None
+                )
                 for crop in self.crops
             ]
         pending.fill = Fill(self.beton, positions, pending.boxes, pending.crops, pending.images)
@@ -104,6 +125,10 @@ class StreamLoader(Loader):
                     crop_batch(images, to_device(boxes, self.device), crop.size)
                     for crop, boxes in zip(self.crops, pending.boxes, strict=True)
                 ]
+            elif self._beside is not None:
+                pending.crops = [
+                    crops.to(self.device, non_blocking=True) for crops in pending.crops
+                ]
             batch = Batch(
                 tuple(crops.flatten(0, 1) for crops in pending.crops),
                 to_device(self.beton.label[pending.positions], self.device),
@@ -117,8 +142,13 @@ class StreamLoader(Loader):
         return batch
 
 
+def _padded(height: np.ndarray, width: np.ndarray) -> int:
+    """Bytes of one image of a batch that is padded to its highest and its widest image."""
+    return 3 * int(height.max(initial=1)) * int(width.max(initial=1))
+
+
 class _Pending:
-    """A batch in progress: ``images`` that a GPU will crop, or ``crops`` being filled on a CPU."""
+    """A batch in progress: ``images`` that a GPU will crop, or ``crops`` that the threads fill."""
 
     fill: Fill
 

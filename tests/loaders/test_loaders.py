@@ -1,5 +1,6 @@
 """The loaders' contract: same order, same boxes, torchvision's pixels, nothing left behind."""
 
+import contextlib
 import dataclasses
 import gc
 import io
@@ -29,7 +30,16 @@ from fastproj.core.errors import InputError
 from fastproj.core.machine import cores
 from fastproj.data.beton import Beton, open_beton
 from fastproj.data.layout import DESCRIPTOR, row_type
-from fastproj.loaders import Batch, Center, Crop, open_loader, reference, resident, stream
+from fastproj.loaders import (
+    Batch,
+    Center,
+    Crop,
+    choose,
+    open_loader,
+    reference,
+    resident,
+    stream,
+)
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.choose import _choose
 from fastproj.loaders.crop import crop_batch
@@ -480,6 +490,71 @@ def test_resident_draws_an_epoch_at_once_and_in_parts_alike(
             assert torch.equal(ours.index, other.index) and torch.equal(ours.labels, other.labels)
             for crops, wanted in zip(ours.crops, other.crops, strict=True):
                 assert (crops.int() - wanted.int()).abs().max() <= 2
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``stream`` does on a CPU what it does for a GPU; CUDA's streams and pinned memory do not."""
+    empty, opened = torch.empty, StreamLoader._open
+
+    def with_a_stream(loader: StreamLoader) -> None:
+        opened(loader)
+        loader._beside = mock.MagicMock()
+        loader._gpu_crops = loader.workers < stream.CROPPING_THREADS
+
+    monkeypatch.setattr(StreamLoader, "_open", with_a_stream)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **more: empty(*a, **more))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: mock.MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, _: None)
+
+
+def test_many_threads_crop_for_a_gpu_too_and_few_leave_it_the_crops(
+    photos: dict[str, Beton], as_if_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CROPPING_THREADS", 2)
+    monkeypatch.setattr(choose, "cores", lambda: 2)
+    wanted = epoch(photos["jpeg"], "reference")
+    with mock.patch.object(stream, "crop_batch", wraps=stream.crop_batch) as on_device:
+        by_threads = epoch(photos["jpeg"], "stream", workers=2)
+        assert on_device.call_count == 0
+        by_gpu = epoch(photos["jpeg"], "stream", workers=1)
+        assert on_device.call_count == len(by_gpu) * len(GROUPS)
+    for batches, allowed in ((by_threads, 0), (by_gpu, 2)):
+        for ours, other in zip(batches, wanted, strict=True):
+            assert torch.equal(ours.index, other.index)
+            for crops, right in zip(ours.crops, other.crops, strict=True):
+                assert (crops.int() - right.int()).abs().max() <= allowed
+                assert crops.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_threads_crop_the_batches_that_are_too_large_for_a_gpu_and_the_loader_says_so(
+    photos: dict[str, Beton], as_if_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beton = photos["jpeg"]
+    with open_loader(beton, GROUPS, 8, engine="stream", workers=1) as loader:
+        batches = [loader.order.batch(0, step) for step in range(len(loader))]
+        padded = [8 * 3 * int(beton.height[b].max()) * int(beton.width[b].max()) for b in batches]
+        assert len(set(padded)) > 1 and "threads crop" not in loader.reason
+        assert loader.memory == 3 * 8 * 3 * int(beton.height.max()) * int(beton.width.max())
+    bound = sorted(padded)[1]
+    monkeypatch.setattr(stream, "PADDED_BYTES", bound)
+    made: list[int] = []
+    with mock.patch.object(
+        stream, "crop_batch", side_effect=lambda images, *rest: (
+            made.append(images.numel()), crop_batch(images, *rest))[1],
+    ):  # fmt: skip
+        here = epoch(beton, "stream", workers=1)
+    assert set(made) == {size for size in padded if size <= bound} and max(made) <= bound
+    for ours, other in zip(here, epoch(beton, "reference"), strict=True):
+        for crops, right in zip(ours.crops, other.crops, strict=True):
+            assert (crops.int() - right.int()).abs().max() <= 2
+    with open_loader(beton, GROUPS, 8, engine="stream", workers=1) as loader:
+        side = int(max(beton.height.max(), beton.width.max()))
+        assert f"images of up to {side} pixels" in loader.reason
+        assert "--data.max_resolution" in loader.reason
+        crops = 8 * 3 * sum(crop.num_views * crop.size**2 for crop in GROUPS)
+        assert loader.memory == 3 * max(bound, crops)
 
 
 def test_each_loader_says_why_it_was_chosen(small: Beton) -> None:

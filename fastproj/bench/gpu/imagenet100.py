@@ -35,18 +35,20 @@ from fastproj.loaders import Center, Crop, open_loader
 from fastproj.loaders.boxes import draw
 from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.fill import Fill
+from fastproj.loaders.stream import CROPPING_THREADS
 from fastproj.training.build import build_learner
 
 IMAGES = 126_689  # of ImageNet-100's training set
 READ = 32_768  # of them: enough that no cache holds them
 CORES = (1, 4, 8, 16)
+ON_GPU = "stream cropped on the GPU"  # with as many threads as still leave it the crops
 
 
 def items(sets: Sets, record: Record, folder: Path) -> dict[str, Item]:
     batches = (4,) if sets.tiny else (256, 1024)
     found: dict[str, Item] = {}
     for batch in batches:
-        for engine in ("stream", "resident"):
+        for engine in ("stream", "resident", ON_GPU):
             found[f"steps, {engine}, batch {batch}"] = partial(steps, sets, engine, batch)
     found |= {
         "parts of a step": partial(parts, sets, batches[0]),
@@ -74,8 +76,10 @@ def given(
     """The settings of a run of ``recipe``, and ``more``."""
     beton = sets.squares if engine == "resident" else sets.photos
     found = options(sets, recipe, batch, 100)
+    if engine == ON_GPU:
+        found["data.workers"] = min(sets.workers, CROPPING_THREADS - 1)
     return found | {
-        "data.train": beton.path, "data.engine": engine,
+        "data.train": beton.path, "data.engine": "stream" if engine == ON_GPU else engine,
         "train.compile": "true", "views.size": sets.size, **(more or {}),
     }  # fmt: skip
 
