@@ -1,0 +1,106 @@
+"""What the compiler generates for an H100 may not grow unnoticed; counted without a GPU.
+
+The counts are of the pinned torch. Bytes are those that Inductor counts: what each kernel and each
+library call reads and writes, as if no cache held anything. docs/scaling.md shows them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastproj.augment import chain
+from fastproj.loaders import crop
+from fastproj.models.encoders import build_encoder
+
+try:
+    from tests.support.kernels import Counted, count
+except ImportError as error:  # Inductor's inner names, which other versions have not
+    pytest.skip(f"for the pinned torch: {error}", allow_module_level=True)
+
+TORCH = "2.15."
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.__version__.startswith(TORCH), reason=f"counts of torch {TORCH}x"),
+]
+PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text("utf-8")
+VIEWS = 512  # two of each of 256 images
+
+
+def views(side: int) -> Counted:
+    """The pixels' graph of the augmentation, to bfloat16."""
+    with FakeTensorMode():
+        pixels = torch.empty(VIEWS, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        flags = [torch.empty(VIEWS, 1, 1, dtype=torch.bool) for _ in range(3)]
+        jitter = [
+            chain._Jitter(torch.empty(VIEWS, 4, 3), torch.empty(VIEWS), torch.empty(VIEWS, 4, 3))
+            for _ in range(2)
+        ]
+        taps, scale, shift = torch.empty(VIEWS, 13), torch.empty(3), torch.empty(3)
+        return count(
+            chain.pixels, pixels, flags[0], *jitter, flags[1], taps, flags[2], scale, shift,
+            torch.bfloat16,
+        )  # fmt: skip
+
+
+def crops(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Two crops to 224 pixels of 256 photographs, padded to 400 pixels."""
+    monkeypatch.setattr(crop, "CACHED_PIXELS", 2**62)  # as on a GPU: the whole batch at once
+    with FakeTensorMode():
+        images = torch.empty(VIEWS // 2, 400, 400, 3, dtype=torch.uint8).movedim(-1, 1)
+        boxes = torch.empty(2, VIEWS // 2, 4, dtype=torch.int64)
+        return count(lambda i, b: crop.crop_batch(i, b, 224, torch.float16), images, boxes)
+
+
+def encoder(stem: str, side: int, pool: nn.Module | None = None) -> Counted:
+    """ResNet-18, forward and backward, in bfloat16."""
+    with FakeTensorMode():
+        model = build_encoder("resnet18", stem)
+        if pool is not None:
+            model.maxpool = pool
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                weight = torch.empty(module.weight.shape).to(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight)
+
+        def loss(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(x).float().square().mean()
+
+        x = torch.empty(VIEWS, 3, side, side).to(memory_format=torch.channels_last)
+        return count(loss, x, backward=True)
+
+
+# Kernels generated, library calls, bytes.
+COUNTS: dict[str, tuple[Callable[..., Counted], tuple[Any, ...], tuple[int, int, int]]] = {
+    "views, 32 px": (views, (32,), (4, 0, 42_624_536)),
+    "views, 224 px": (views, (224,), (4, 0, 2_081_056_280)),
+    "ResNet-18, 32 px": (encoder, ("cifar", 32), (246, 40, 15_285_739_208)),
+    "ResNet-18, 224 px": (encoder, ("imagenet", 224), (245, 42, 52_814_225_096)),
+    "ResNet-18, 224 px, max-pool decomposed": (
+        encoder, ("imagenet", 224, nn.MaxPool2d(3, 2, padding=1)), (249, 40, 57_539_626_440),
+    ),
+}  # fmt: skip
+CROPS = (14, 4, 4_258_660_352)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_more_kernels_and_bytes_than_were_committed(name: str) -> None:
+    make, given, (kernels, library, size) = COUNTS[name]
+    found = make(*given)
+    assert found.kernels <= kernels and found.library <= library and found.bytes <= size, found[:3]
+    row = f"| {name} | {kernels} | {library} | {size / 1e9:.2f} GB |"
+    assert f"\n{row}\n" in PAGE
+    assert ("max_pool_backward" in found.code) == (name == "ResNet-18, 224 px")
+    assert ("tl.atomic_add" in found.code) == name.endswith("decomposed")
+
+
+def test_compiled_crops_would_take_no_more_than_was_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = crops(monkeypatch)
+    assert all(now <= then for now, then in zip(found[:3], CROPS, strict=True)), found[:3]
