@@ -31,7 +31,7 @@ COMMANDS = {
     "evaluate": Command("fastproj.evaluate", "Probe a run's frozen encoder, or any.", "RUN", True),
     "embed": Command("fastproj.embed", "Write the features of a set to a file.", "EMBED", True),
     "study": Command("fastproj.study", "Compare arms over seeds and sets.", "STUDY"),
-    "report": Command("fastproj.report", "Draw the curves of a run.", "RUN", True),
+    "report": Command("fastproj.report", "Write a page on runs or a study.", "REPORT", True),
     "export": Command("fastproj.export", "Write the encoder of a run alone.", "RUN", True),
     "prepare": Command("fastproj.prepare.command", "Turn raw images into betons.", "PREPARE"),
     "doctor": Command("fastproj.doctor", "Check this machine, and say how to fix what is missing."),

@@ -1,7 +1,8 @@
-"""Command: draw a run's curves. ``python -m fastproj.report runs/NAME``
+"""Command: one HTML page on runs or on a study. ``python -m fastproj.report runs/NAME``
 
-``metrics.jsonl`` -> ``diagnostics.png`` in the run folder: one small panel per measure, epoch by
-epoch. A run still under way can be drawn as well.
+One run: everything that it has so far. Several runs: what differs, and their curves over one
+another. A study's folder: gains, sweeps and sentences. The page loads nothing from anywhere, and
+goes into the folder of the run or study; that of several runs goes to ``report.html`` here.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -9,195 +10,232 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     run_as_script("report")
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from fastproj.core.errors import InputError
-from fastproj.core.files import replacing
-from fastproj.runs.command import open_run
+import numpy as np
+import torch
+
+from fastproj.core.device import choose_device
+from fastproj.core.errors import InputError, SettingError
+from fastproj.core.files import write_text, writing
+from fastproj.data.beton import Beton, open_beton
+from fastproj.data.subset import subset
+from fastproj.evaluate import find_checkpoint, open_extractor
+from fastproj.evaluation.load import load_encoder
+from fastproj.evaluation.protocol import normalization
+from fastproj.loaders import Center, Loader, open_loader
+from fastproj.reporting.comparison import comparison_page
+from fastproj.reporting.page import Page
+from fastproj.reporting.read import Reported, read_run
+from fastproj.reporting.run import Pictures, run_page
+from fastproj.reporting.samples import Embedded, Views, shares
+from fastproj.reporting.study import read_study, study_page
+from fastproj.runs.command import split
 from fastproj.runs.folder import RunFolder
-from fastproj.runs.journal import read
+from fastproj.settings import REPORT, RUN, Settings, load
+from fastproj.training.build import build_augmentations, build_crops
 
-if TYPE_CHECKING:  # an extra, and slow to import: only drawing needs it
-    from matplotlib.figure import Figure
-
-COLUMNS = 3
-PANEL = (4.4, 3.0)  # width and height, inches
-STYLES = ("o-", "o--", "o:")  # so that none of several equal curves hides another
-PER_CENT = 100.0
-STD = "_std"  # ends the name of a curve's standard deviation, which is drawn as a band
-PENALTY = "penalty."  # before the name of a term of the loss: a diagnostic may be its namesake
+PROG = "python -m fastproj.report"
+SHOWN = 6  # training images whose views are shown
+DRAWN = 2000  # views per crop for which operations are counted
+EMBEDDED = 1000  # val images at most whose features are shown
+SIDE = 64  # of a shown image at most, pixels
+STUDY = "study.json"
 
 
-class Panel(NamedTuple):
-    """Curves that share a measure: their names, and what each is called in the legend."""
+@dataclass
+class Reporter:
+    """Makes the page of ``folders`` as often as asked; what needs weights once per checkpoint."""
 
-    title: str
-    axis: str
-    curves: dict[str, str]
-    factor: float = 1.0  # from what is logged to the axis' unit
+    folders: Sequence[Path]
+    _kept: dict[Any, Pictures] = field(default_factory=dict)
 
+    def page(self) -> tuple[Page, bool]:
+        """The page as things stand, and whether nothing more will come.
 
-def _both(measure: str) -> dict[str, str]:
-    return {f"{measure}_features": "features", f"{measure}_projections": "projections"}
+        Raises ``InputError`` for a folder that is neither a run nor a study, and for a damaged one.
+        """
+        studies = [path for path in self.folders if _is_study(path)]
+        if studies and len(self.folders) > 1:
+            raise InputError(f"{studies[0]} is a study: give it alone, or run folders")
+        if studies:
+            return _of_study(studies[0])
+        runs = [read_run(RunFolder.open(path)) for path in self.folders]
+        over = all(run.over for run in runs)
+        if len(runs) > 1:
+            return comparison_page(runs, f"{len(runs)} runs"), over
+        return run_page(runs[0], self._pictures(runs[0])), over
 
-
-PANELS = [
-    Panel("loss", "loss", {"loss": "all terms, weighed", PENALTY + "objective": "objective"}),
-    Panel("online probe", "right on training views (%)", {"online_probe": ""}, PER_CENT),
-    Panel(
-        "online accuracy",
-        "right on val images (%)",
-        {"online_top1": "probe top-1", "online_top5": "probe top-5", "online_knn_top1": "kNN"},
-        PER_CENT,
-    ),
-    Panel("matrix information", "I₂(h; z) (nats)", {"matrix_information": ""}),
-    Panel(
-        "loss and matrix entropy of features",
-        "mean over steps ± std (nats)",
-        {
-            "matrix_entropy_features": "S₂(h)",
-            "log_n_minus_nce_features": "log N − NCE(h)",
-            "negative_loss_features": "−loss(h)",
-        },
-    ),
-    Panel(
-        "authors' curves (trends only)",
-        "mean over steps ± std (nats)",
-        {
-            "entropy_minus_information": "S₂(h) − I₂(h; z)",
-            "negative_loss_minus_information": "−loss(h) − I₂(h; z)",
-        },
-    ),
-    Panel("alignment", "squared distance of views", _both("alignment")),
-    Panel("uniformity", "log mean exp(-2 · distance²)", _both("uniformity")),
-    Panel("RankMe", "effective rank (dimensions)", _both("rankme")),
-    Panel("dead latents", "never kept (% of latents)", {"dead_latents": ""}, PER_CENT),
-    Panel("used codes", "occurring (% of levels)", {"used_codes": ""}, PER_CENT),
-    Panel("near-zero groups", "first weight (% of groups)", {"near_zero_groups": ""}, PER_CENT),
-]
-
-SPECTRA = Panel("singular values, last measured epoch", "fraction of their sum", _both("spectrum"))
-
-Curve = tuple[list[int], list[float]]
+    def _pictures(self, run: Reported) -> Pictures:
+        """What needs the data and weights of the run; where it cannot be had, why not."""
+        try:
+            settings = load(RUN, [], PROG, "", config=run.folder.config)
+        except InputError as error:
+            return Pictures(str(error), str(error), str(error))
+        try:
+            path: Path | None = find_checkpoint(run.folder, settings)
+        except InputError:
+            path = None
+        key = path and (path, path.stat().st_mtime_ns)
+        if key not in self._kept:
+            self._kept = {key: _draw(run.folder, settings)}
+        return self._kept[key]
 
 
-def _last(events: Iterable[dict[str, Any]], kind: str) -> list[tuple[int, dict[str, Any]]]:
-    """(epoch, event) of one kind of event; for a resumed epoch only the last event counts."""
-    return sorted({event["epoch"]: event for event in events if event["event"] == kind}.items())
+def _is_study(path: Path) -> bool:
+    """Whether ``path`` is the folder of a study, ended or not."""
+    if (path / STUDY).is_file():
+        return True
+    return not RunFolder(path).config.is_file() and any(_runs_in(path))
 
 
-def curves(events: Sequence[dict[str, Any]]) -> dict[str, Curve]:
-    """What the ``epoch`` and ``probe`` events hold: name -> (epochs, from 1; values).
+def _runs_in(path: Path) -> Iterator[RunFolder]:
+    """The run folders of a study's folder: set by set, then those of its sweeps."""
+    for depth in ("*/*", "*/sweep/*"):
+        found = [RunFolder(folder) for folder in sorted(path.glob(depth))]
+        yield from (run for run in found if run.config.is_file())
 
-    The loss, the online probe and its scores on val, the terms of the loss (named ``penalty.…``)
-    and the diagnostics. For a resumed epoch only the last event counts.
+
+def _of_study(path: Path) -> tuple[Page, bool]:
+    """The page of a study: of its result, or of its runs so far; a damaged run is a line."""
+    runs, notes = {}, []
+    for folder in _runs_in(path):
+        try:
+            runs[folder.path.relative_to(path).as_posix()] = read_run(folder)
+        except InputError as error:
+            notes.append(str(error))
+    if (path / STUDY).is_file():
+        return study_page(read_study(path / STUDY), runs, notes), True
+    if not runs:
+        raise InputError(f"{path}: no run of this study can be read: {notes[0]}")
+    notes.insert(0, f"The study has no {STUDY} yet: it has not ended. These are its runs so far.")
+    return comparison_page([*runs.values()], f"Study {path.resolve().name}", notes), False
+
+
+def _draw(run: RunFolder, settings: Settings) -> Pictures:
+    """Views, features and labels, each on its own: one that fails is a line."""
+    found: list[Any] = []
+    for make in (_views, _embedded, _labels):
+        try:
+            found.append(make(run, settings))
+        except (InputError, OSError) as error:
+            found.append(" ".join(str(error).split()))
+    return Pictures(*found)
+
+
+def _views(run: RunFolder, settings: Settings) -> Views:
+    """Views of some training images, as the run draws them at its beginning."""
+    beton = open_beton(settings.data.train)
+    few = subset(beton, _spread(len(beton), SHOWN))
+    crops = build_crops(settings, 0)
+    augmentation = build_augmentations(settings, beton, crops)[0]
+    generator = torch.Generator().manual_seed(settings.run.seed)
+    with closing(_open(few, crops[:1], settings)) as loader:
+        (batch,) = loader
+    views = augmentation(batch.crops[0], augmentation.sample(len(few), generator))
+    stored = beton.manifest
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (stored.mean, stored.std))
+    pixels = ((views * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    side = min(crops[0].size, SIDE)
+    if side < crops[0].size:
+        pixels = torch.nn.functional.interpolate(pixels.float(), side, mode="area").to(torch.uint8)
+    by_view = pixels.unflatten(0, (-1, len(few))).permute(0, 1, 3, 4, 2).numpy()
+    drawn = augmentation.sample(DRAWN, generator)
+    return Views(_center(few, side, settings), by_view, shares(drawn, augmentation.views), DRAWN)
+
+
+def _embedded(run: RunFolder, settings: Settings) -> Embedded:
+    """Features of some val images, under the run's newest checkpoint."""
+    val = _val(settings)
+    path = find_checkpoint(run, settings)
+    train, encoder = open_beton(settings.data.train), load_encoder(path)
+    few = subset(val, _spread(len(val), EMBEDDED))
+    extractor = open_extractor(settings, choose_device("auto"), encoder)
+    norm = normalization(settings.eval.normalize, encoder, train)
+    found = extractor.encode(few, encoder, ("h",), norm)["h"]
+    return Embedded(
+        images=_center(few, min(extractor.size, SIDE), settings),
+        features=found.features.cpu().numpy(),
+        labels=found.labels.cpu().numpy(),
+        classes=val.classes,
+        of=len(val),
+        weights=str(path),
+    )
+
+
+def _labels(run: RunFolder, settings: Settings) -> tuple[np.ndarray, Sequence[str]]:
+    val = _val(settings)
+    return val.label, val.classes
+
+
+def _val(settings: Settings) -> Beton:
+    if settings.data.val is None:
+        raise InputError("the run has no data.val")
+    return open_beton(settings.data.val)
+
+
+def _center(beton: Beton, side: int, settings: Settings) -> np.ndarray:
+    """The images as uint8 (n, side, side, 3)."""
+    with closing(_open(beton, [Center(side)], settings)) as loader:
+        parts = [batch.crops[0] for batch in loader]
+    return torch.cat(parts).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _open(beton: Beton, crops: Sequence[Any], settings: Settings) -> Loader:
+    return open_loader(
+        beton, crops, len(beton), device=torch.device("cpu"), seed=settings.run.seed,
+        shuffle=False, drop_last=False, workers=settings.data.workers,
+    )  # fmt: skip
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """At most ``count`` positions in [0, total), evenly spread; int64."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
+def write(page: Page, out: Path, figures: Path | None = None, refresh: int = 0) -> None:
+    """Write the page to ``out`` and, where ``figures`` names a folder, each figure into it.
+
+    Raises ``InputError`` where they cannot be written.
     """
-    found: dict[str, Curve] = {}
-
-    def add(epoch: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                numbers, values = found.setdefault(name, ([], []))
-                numbers.append(epoch + 1)
-                values.append(value)
-
-    for epoch, event in _last(events, "epoch"):
-        own = ("loss", "online_probe")
-        add(epoch, {n if n in own else PENALTY + n: v for n, v in event.items() if n != "time"})
-        add(epoch, event.get("diagnostics", {}))
-    for epoch, event in _last(events, "probe"):
-        add(epoch, {name: x for name, x in event.items() if name.startswith("online_")})
-    return found
-
-
-def spectra(events: Sequence[dict[str, Any]]) -> dict[str, Curve]:
-    """The spectra of the last epoch that has them: name -> (places, from 1; fractions)."""
-    for _, event in reversed(_last(events, "epoch")):
-        diagnostics = event.get("diagnostics", {})
-        if SPECTRA.curves.keys() <= diagnostics.keys():
-            return {
-                name: ([k for k, _ in diagnostics[name]], [value for _, value in diagnostics[name]])
-                for name in SPECTRA.curves
-            }
-    return {}
-
-
-def draw(
-    title: str, found: Mapping[str, Curve], spectrum: Mapping[str, Curve] | None = None
-) -> "Figure":
-    """A figure with one panel per measure that ``found`` holds, in the order of ``PANELS``.
-
-    A curve that no panel names gets its own panel; the standard deviation of a curve is a band
-    around it. ``spectrum``: what ``spectra`` returns, for a last panel. A line's label is the name
-    of its curve. Raises ``InputError`` without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise InputError(
-            f"the report needs matplotlib ({error}): run ./setup.sh report in a checkout, "
-            "elsewhere pip install 'fastproj-ssl[report]'"
-        ) from error
-    named = {name for panel in PANELS for name in panel.curves}
-    named |= {name + STD for name in found}
-    panels = [panel for panel in PANELS if panel.curves.keys() & found.keys()]
-    panels += [
-        Panel(name.replace(".", ": ").replace("_", " "), "value", {name: ""})
-        for name in sorted(found.keys() - named)
-    ]
-    drawn = [(panel, found) for panel in panels]
-    if spectrum:
-        drawn.append((SPECTRA, spectrum))
-    rows = -(-len(drawn) // COLUMNS)
-    figure = Figure((COLUMNS * PANEL[0], rows * PANEL[1] + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize="x-large")
-    for number, (panel, its) in enumerate(drawn, start=1):
-        axes = figure.add_subplot(rows, COLUMNS, number)
-        axes.set(title=panel.title, xlabel="epoch", ylabel=panel.axis)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        there = [name for name in panel.curves if name in its]
-        for name, style in zip(there, STYLES, strict=False):
-            x, values = its[name]
-            (line,) = axes.plot(
-                x, [panel.factor * v for v in values], style, label=name, markersize=3
-            )
-            if name + STD in its:
-                band = list(zip(values, its[name + STD][1], strict=True))
-                axes.fill_between(
-                    x, [v - std for v, std in band], [v + std for v, std in band],
-                    color=line.get_color(), alpha=0.2, linewidth=0,
-                )  # fmt: skip
-        if panel.factor == PER_CENT:
-            axes.set_ylim(bottom=0)
-        if panel is SPECTRA:
-            axes.set(xlabel="singular value, from the largest", yscale="log")
-        if len(there) > 1:
-            axes.legend(axes.get_lines(), [panel.curves[name] for name in there])
-    return figure
-
-
-def report(run: RunFolder) -> Path:
-    """Draw the run's ``diagnostics.png``; returns its path.
-
-    Raises ``InputError`` for a run without a journal or without an epoch in it, and without
-    matplotlib.
-    """
-    events = read(run.metrics)
-    found = curves(events)
-    if not found:
-        raise InputError(
-            f"{run.metrics} holds no epoch yet: train for one first, or give another run folder"
-        )
-    figure = draw(run.name, found, spectra(events))
-    with replacing(run.curves) as file:
-        figure.savefig(file, format="png", dpi=110)
-    return run.curves
+    for folder in [out.parent, *([figures] if figures else [])]:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    write_text(out, page.html(refresh))
+    if figures:
+        for picture in page.pictures():
+            picture.save(figures)
 
 
 def main(argv: Sequence[str]) -> None:
-    run, _ = open_run(argv, "python -m fastproj.report", "Draw the curves of a run.")
-    print(f"written: {report(run)}")
+    description = "Write one HTML page on runs, or on a study."
+    if "--help" in argv or "-h" in argv:
+        load(REPORT, ["--help"], PROG, description, config=Path())
+    folders, options = split(argv)
+    if not folders:
+        raise SettingError(
+            f"command line: give run folders or a study's folder: {PROG} runs/NAME "
+            "[--section.name VALUE ...]"
+        )
+    how = load(REPORT, options, PROG, description).report
+    paths = [Path(folder) for folder in folders]
+    # A study's folder is no run's, and its page has the same name.
+    own = RunFolder(paths[0] if len(paths) == 1 else Path()).report
+    out = Path(how.out) if how.out else own
+    figures = Path(how.figures) if how.figures else None
+    reporter = Reporter(paths)
+    while True:
+        page, over = reporter.page()
+        refresh = 0 if over else how.watch
+        write(page, out, figures, refresh)
+        print(f"written: {out}" + (f" and {figures}" if figures else ""), flush=True)
+        if not refresh:
+            return
+        print(f"again in {refresh} s; Ctrl-C ends this", file=sys.stderr, flush=True)
+        time.sleep(refresh)

@@ -33,7 +33,7 @@ def open_run_or_none(
     """
     if "--help" in argv or "-h" in argv:
         load(schema, ["--help"], prog, description, config=Path())
-    folders, options = _split(argv)
+    folders, options = split(argv)
     if not folders and {option.partition("=")[0] for option in options} & {*instead}:
         return None, load(schema, options, prog, description)
     if len(folders) != 1:
@@ -47,7 +47,7 @@ def open_run_or_none(
     return run, load(schema, options, prog, description, config=run.config)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that are no option and no option's value, and the rest in its order."""
     folders: list[str] = []
     options: list[str] = []

@@ -83,9 +83,9 @@ class RunFolder:
         return self.features / f"{re.sub(r'[^0-9A-Za-z_.-]', '-', words)}.npy"
 
     @property
-    def curves(self) -> Path:
-        """The picture of the curves."""
-        return self.path / "diagnostics.png"
+    def report(self) -> Path:
+        """The report, one HTML page."""
+        return self.path / "report.html"
 
     @property
     def export(self) -> Path:

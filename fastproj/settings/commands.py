@@ -1,4 +1,4 @@
-"""What the commands read that are not about one run: prepare, bench and demo."""
+"""What the commands read of their own: prepare, report, bench and demo."""
 
 from dataclasses import dataclass
 
@@ -94,6 +94,32 @@ class PrepareSettings(Loaded):
 
 
 PREPARE = Schema(PrepareSettings)
+
+
+@dataclass(frozen=True)
+class Report:
+    """what is written, and where"""
+
+    out: str | None = setting(
+        OrNull(File()),
+        "page to write; null: report.html in the folder of the run or study, of several runs here",
+    )
+    figures: str | None = setting(
+        OrNull(File()), "folder to write each figure into as well, as SVG and PNG"
+    )
+    watch: int = setting(
+        Int(0), "seconds between refreshes until the runs have ended; 0: write once", 0
+    )
+
+
+@dataclass(frozen=True)
+class ReportSettings(Loaded):
+    """Settings of ``fastproj report``."""
+
+    report: Report
+
+
+REPORT = Schema(ReportSettings)
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,6 @@ RUN = Schema(
     Settings,
     readers={  # train reads everything: evaluate finds its own part in config.yaml
         "evaluate": ("run.seed", "run.device", "data", "views.size", "eval"),
-        "report": (),
         "export": ("eval.checkpoint",),
     },
 )

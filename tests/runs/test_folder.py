@@ -37,7 +37,7 @@ def test_no_other_file_writes_the_names():
     """In code: a docstring or a message may say ``eval.json``, a path is never built from it."""
     run = RunFolder(Path())
     names = [p.name for p in (run.config, run.environment, run.metrics, run.checkpoints,
-                              run.evaluation, run.curves, run.weights, run.onnx)]  # fmt: skip
+                              run.evaluation, run.report, run.weights, run.onnx)]  # fmt: skip
     built = re.compile(rf"""/ f?["'](?:{"|".join(map(re.escape, names))})""")
     for path in PACKAGE.rglob("*.py"):
         if path.name not in ("folder.py", "journal.py"):
