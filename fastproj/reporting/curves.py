@@ -34,7 +34,7 @@ PANELS = [
     Panel(
         "Loss per epoch",
         "loss",
-        {"loss": "all terms, weighed", PENALTY + "objective": "objective"},
+        {"loss": "all terms, weighted", PENALTY + "objective": "objective"},
         "Mean over the steps of each epoch; it should fall, and where penalties are on, the gap "
         "between the two lines is their weighted sum.",
         group="training",

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastproj.core.files import replacing
-from fastproj.reporting.curves import STD, Curve, Panel
+from fastproj.reporting.curves import PER_CENT, STD, Curve, Panel
 
 INK, FAINT = "#1c2126", "#c9ced6"  # text and axes; grid
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -133,8 +133,8 @@ def lines(
     axes.set(xlabel=x, ylabel=panel.axis, **scales)
     if "xscale" not in scales:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if panel.factor == 100.0:
-        axes.set_ylim(bottom=0)
+    if panel.factor == PER_CENT:  # a little below 0, so that the axis does not hide a line at 0
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if 1 < len(found) <= LEGEND:
         axes.legend(fontsize="small")
     head = ("curve", x, panel.axis, "standard deviation")
@@ -159,12 +159,14 @@ def stacked(name: str, title: str, how: str, found: Mapping[str, Curve], unit: s
     figure, axes = start()
     places = next(iter(found.values()))[0]
     bottom = np.zeros(len(places))
+    edges = np.arange(len(places) + 1) + places[0] - 0.5
     hatches = ("", "//", "..", "xx")
     for number, (label, (_, values)) in enumerate(found.items()):
         color = COLORS[number % len(COLORS)]
-        axes.bar(places, values, 0.9, bottom, label=label, facecolor=to_rgba(color, 0.75),
-                 edgecolor=color, linewidth=0.3, hatch=hatches[number % len(hatches)])  # fmt: skip
-        bottom += np.asarray(values)
+        axes.stairs(bottom + values, edges, baseline=bottom, fill=True, label=label,
+                    facecolor=to_rgba(color, 0.75), edgecolor=color, linewidth=0.3,
+                    hatch=hatches[number % len(hatches)])  # fmt: skip
+        bottom = bottom + values
     axes.set(xlabel="epoch", ylabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3)
@@ -194,11 +196,11 @@ def legend(labels: Sequence[str]) -> Picture:
 def confusion(counts: NDArray[np.integer], classes: Sequence[str]) -> Picture:
     """Counts (C, C): rows are true classes, columns the predicted ones."""
     total = counts.sum(1, keepdims=True)
-    share = 100 * counts / np.maximum(total, 1)
+    share = PER_CENT * counts / np.maximum(total, 1)
     few = len(classes) <= 20
-    figure, axes = start(5.2 if few else 4.4, 5.2 if few else 4.8)
+    figure, axes = start(4.0)
     axes.grid(False)
-    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=PER_CENT)
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize="small")
         axes.set_yticks(range(len(classes)), classes, fontsize="small")
@@ -242,7 +244,7 @@ def scatter(
         rows += [(label, a, b) for a, b in zip(x, y, strict=True)]
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
     if len(groups) > 1:
-        figure.legend(loc="outside lower center", fontsize="small", ncols=3 if size == SIZE else 5)
+        figure.legend(loc="outside lower center", fontsize="small", ncols=4)
     return Picture(name, title, how, figure, ("group", *axes_names), rows)
 
 

@@ -136,6 +136,7 @@ def neighbors(found: Embedded, queries: Sequence[int]) -> Picture:
     return Picture("neighbors", "Nearest neighbors", how, figure, head, rows)
 
 
+@in_style
 def embedding(found: Embedded) -> Picture:
     """Features in two dimensions by scikit-learn's t-SNE, seeded, by class."""
     from sklearn.manifold import TSNE
@@ -160,8 +161,13 @@ def embedding(found: Embedded) -> Picture:
     )
     picture = scatter(
         "embedding", "Map of the features", how, ("t-SNE 1 (no unit)", "t-SNE 2 (no unit)"),
-        {name: (x.tolist(), y.tolist()) for name, (x, y) in groups.items()}, size=(5.2, 4.8),
+        {name: (x.tolist(), y.tolist()) for name, (x, y) in groups.items()}, size=(4.4, 4.4),
     )  # fmt: skip
+    for name, (x, y) in groups.items():  # where most of a class are: color alone tells too little
+        if name != OTHERS:
+            picture.figure.axes[0].text(
+                np.median(x), np.median(y), name, ha="center", va="center", fontweight="bold"
+            )
     return picture
 
 

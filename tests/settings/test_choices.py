@@ -140,8 +140,8 @@ def test_an_earlier_layers_setting_for_a_former_choice_is_left_out(tmp_path: Pat
 
 def test_a_command_refuses_what_it_does_not_read(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingError) as error:
-        read("--optim.lr", "1", prog="python -m fastproj.report")
-    assert "--optim.lr is not read by report, but by train" in str(error.value)
+        read("--optim.lr", "1", prog="python -m fastproj.export")
+    assert "--optim.lr is not read by export, but by train" in str(error.value)
     with pytest.raises(SettingError, match="not read by export, but by train and evaluate"):
         read("--eval.knn_k", "1", prog="fastproj export")
     assert read("--checkpoint", "a", prog="python -m fastproj.export").eval.checkpoint == "a"
