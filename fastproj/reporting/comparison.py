@@ -52,9 +52,7 @@ def curve_sections(runs: Sequence[Reported], names: Sequence[str]) -> list[Secti
     diagnostics: list[Block] = []
     for panel in curves.panels(seen):
         blocks = training if panel.group == "training" else diagnostics
-        blocks += [
-            _of_runs(panel, curve, names, found) for curve in panel.curves if curve in seen
-        ]
+        blocks += [_of_runs(panel, curve, names, found) for curve in panel.curves if curve in seen]
     rates = [*filter(None, (_steps(runs, names, name) for name in ("images_per_second",)))]
     if not seen and not any(isinstance(block, Picture) for block in training):
         training.append(Missing("curves", "no step was logged yet"))
@@ -88,9 +86,7 @@ def _runs(runs: Sequence[Reported], names: Sequence[str]) -> list[Block]:
         machine = ", ".join(about.get("gpus", ())) or about.get("cpu", "")
         rate = next((e["images_per_second"] for e in reversed(run.events) if e["event"] == "end"
                      and "images_per_second" in e), None)  # fmt: skip
-        rows.append(
-            (name, run.status(), "" if rate is None else f"{rate:,.0f}", commit, machine)
-        )
+        rows.append((name, run.status(), "" if rate is None else f"{rate:,.0f}", commit, machine))
     blocks: list[Block] = [
         Table("", ("run", "how far it came", "images/s", "commit", "machine"), rows)
     ]
@@ -139,4 +135,3 @@ def _probes(runs: Sequence[Reported], names: Sequence[str]) -> list[Block]:
         if run.evaluation is None
     ]
     return blocks
-

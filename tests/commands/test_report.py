@@ -1,218 +1,231 @@
-"""From a real journal to the figure's lines."""
+"""``fastproj report``: from folders on the command line to a page in a browser."""
 
+import json
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from fastproj import report
-from fastproj.core.errors import run_command
-from fastproj.report import curves, draw, spectra
-from fastproj.runs.journal import Journal, read
+from fastproj.core.errors import InputError, run_command
+from fastproj.evaluate import evaluate
+from fastproj.evaluation.results import write_evaluation
+from fastproj.prepare.encode import Store
+from fastproj.report import Reporter
+from fastproj.runs.folder import RunFolder
+from fastproj.settings import RUN, load
+from fastproj.train import train
+from tests.support import chromium
+from tests.support.betons import digit_like, write
+from tests.support.journals import write_config, write_journal, write_run
 
 
-def write_run(folder, epochs=4, first=0, **more):
-    """A journal as training writes it, of epochs whose numbers can be told apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / "metrics.jsonl", main=True, total=40, start=10 * first) as book:
-        book.event("start", steps=40)
-        for epoch in range(first, first + epochs):
-            book.event("step", step=10 * epoch + 5, epoch=epoch, loss=99.0, lr=0.1)
-            book.event(
-                "epoch",
-                step=10 * (epoch + 1),
-                epoch=epoch,
-                steps=10,
-                loss=5.0 - epoch,
-                online_probe=0.1 * epoch,
-                diagnostics={
-                    "negative_loss_minus_information": -6.0 - epoch,
-                    "negative_loss_minus_information_std": 0.5,
-                    "entropy_minus_information": 1.0 + epoch,
-                    "entropy_minus_information_std": 0.25,
-                    "rankme_features": 30.0 + epoch,
-                    "dead_latents": 0.25,
-                    "spectrum_features": [[1, 0.5 + 0.01 * epoch], [2, 0.25], [9, 0.0]],
-                    "spectrum_projections": [[1, 0.75], [4, 0.25]],
-                },
-                seconds={"data_wait": 0.5, "step": 2.0, "pause": 0.0},
-                **more,
-            )
-            if epoch % 2:
-                book.event(
-                    "probe",
-                    step=10 * (epoch + 1),
-                    epoch=epoch,
-                    online_top1=0.1 * epoch,
-                    online_top5=0.2 * epoch,
-                    online_knn_top1=0.3,
-                    seconds=1.5,
-                    protocol={"knn": {"k": 20, "temperature": 0.07}},
-                )
-    return folder / "metrics.jsonl"
-
-
-def write_config(folder):
-    """The run's settings, of another name and place: what is given on the command line counts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(
-        "data: {train: none.beton}\nrun: {dir: elsewhere, name: other}\n"
-    )
-    return str(folder)
-
-
-def lines(figure: Figure) -> dict[str, tuple[list, list]]:
-    """Every line by its label."""
-    return {
-        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
-        for axes in figure.axes
-        for line in axes.get_lines()
-    }
-
-
-def test_curves_are_what_the_epochs_told(tmp_path):
-    found = curves(read(write_run(tmp_path)))
-    epochs = [1, 2, 3, 4]
-    assert found == {
-        "loss": (epochs, [5.0, 4.0, 3.0, 2.0]),
-        "online_probe": (epochs, pytest.approx([0.0, 0.1, 0.2, 0.3])),
-        "negative_loss_minus_information": (epochs, [-6.0, -7.0, -8.0, -9.0]),
-        "negative_loss_minus_information_std": (epochs, [0.5] * 4),
-        "entropy_minus_information": (epochs, [1.0, 2.0, 3.0, 4.0]),
-        "entropy_minus_information_std": (epochs, [0.25] * 4),
-        "rankme_features": (epochs, [30.0, 31.0, 32.0, 33.0]),
-        "dead_latents": (epochs, [0.25] * 4),
-        "online_top1": ([2, 4], pytest.approx([0.1, 0.3])),
-        "online_top5": ([2, 4], pytest.approx([0.2, 0.6])),
-        "online_knn_top1": ([2, 4], [0.3, 0.3]),
-    }
-
-
-def test_the_spectra_are_those_of_the_last_epoch_that_has_them(tmp_path):
-    events = read(write_run(tmp_path, epochs=3))
-    wanted = {
-        "spectrum_features": ([1, 2, 9], [0.52, 0.25, 0.0]),
-        "spectrum_projections": ([1, 4], [0.75, 0.25]),
-    }
-    assert spectra(events) == wanted
-    assert spectra([*events, {"event": "epoch", "epoch": 3, "diagnostics": {}}]) == wanted
-    assert spectra(events[:2]) == {}
-    found = curves(events)
-    (axes,) = [a for a in draw("r", found, wanted).axes if a.get_title().startswith("singular")]
-    drawn = {
-        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
-    }
-    assert drawn == wanted and axes.get_yscale() == "log"
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ["features", "projections"]
-    assert axes.get_xlabel() == "singular value, from the largest"
-
-
-def test_an_epoch_in_two_parts_counts_once(tmp_path):
-    write_run(tmp_path, epochs=2)
-    path = write_run(tmp_path, epochs=2, first=1, sparsehead=0.5)  # epoch 1 again, to its end
-    found = curves(read(path))
-    assert found["loss"] == ([1, 2, 3], [5.0, 4.0, 3.0])
-    assert found["online_knn_top1"] == ([2], [0.3])
-    assert found["penalty.sparsehead"] == ([2, 3], [0.5, 0.5])
-
-
-def test_an_interrupted_epoch_and_its_rest(tmp_path):
-    """As a signal leaves it: both parts stay in the journal, and the second is the later one."""
-    with Journal(tmp_path / "metrics.jsonl", main=True, total=10) as book:
-        book.event("epoch", step=4, epoch=0, steps=4, loss=5.0)
-    with Journal(tmp_path / "metrics.jsonl", main=True, total=10, start=4) as book:
-        book.event("start")
-        book.event("epoch", step=10, epoch=0, steps=6, loss=3.0)
-    assert curves(read(tmp_path / "metrics.jsonl")) == {"loss": ([1], [3.0])}
-
-
-def test_the_figure_has_a_panel_a_measure(tmp_path):
-    found = curves(read(write_run(tmp_path, objective=3.0, matrix_information=0.5)))
-    figure = draw("my run", found | {"new_measure": ([1, 2], [7.0, 8.0])})
-    assert figure.get_suptitle() == "my run"
-    drawn = lines(figure)
-    stds = {name for name in found if name.endswith("_std")}
-    assert drawn.keys() == found.keys() - stds | {"new_measure"}
-    for name in ("loss", "rankme_features", "entropy_minus_information", "penalty.objective"):
-        assert drawn[name] == found[name]
-    for name in ("online_probe", "online_top1", "dead_latents"):  # shares, in per cent
-        assert drawn[name] == (found[name][0], pytest.approx([100 * v for v in found[name][1]]))
-    assert [axes.get_title() for axes in figure.axes] == [
-        *["loss", "online probe", "online accuracy", "authors' curves (trends only)", "RankMe"],
-        *["dead latents", "new measure", "penalty: matrix information"],
-    ]
-    for axes in figure.axes:
-        assert axes.get_xlabel() == "epoch" and axes.get_ylabel()
-        assert (axes.get_legend() is not None) == (len(axes.get_lines()) > 1)
-    authors = figure.axes[3]
-    texts = [text.get_text() for text in authors.get_legend().get_texts()]
-    assert texts == ["S₂(h) − I₂(h; z)", "−loss(h) − I₂(h; z)"]
-    names = [line.get_label() for line in authors.get_lines()]
-    assert names == ["entropy_minus_information", "negative_loss_minus_information"]
-    for band, name in zip(authors.collections, names, strict=True):  # mean ± std
-        corners = band.get_paths()[0].vertices
-        for x, y in zip(*found[name], strict=True):
-            std = found[f"{name}_std"][1][0]
-            assert {y - std, y + std} <= {float(v) for at, v in corners if at == x}
-
-
-def test_every_diagnostic_has_its_panel():
-    """What the trainer can tell is drawn with a title and a unit, none as a left-over."""
-    told = ["negative_loss_features", "log_n_minus_nce_features", "matrix_entropy_features"]
-    told += ["matrix_information", "negative_loss_minus_information", "entropy_minus_information"]
-    stds = [f"{name}_std" for name in told]
-    told += ["used_codes", "near_zero_groups", "dead_latents", "loss", "online_probe"]
-    told += ["online_top1", "online_top5", "online_knn_top1"]
-    told += [f"{m}_{of}" for m in ("alignment", "uniformity", "rankme")
-             for of in ("features", "projections")]  # fmt: skip
-    figure = draw("all", {name: ([1], [0.5]) for name in told + stds})
-    assert lines(figure).keys() == set(told)
-    assert [axes.get_title() for axes in figure.axes] == [panel.title for panel in report.PANELS]
-
-
-def test_the_command_writes_the_picture(tmp_path, capsys, monkeypatch):
-    titles = []
-    monkeypatch.setattr(report, "draw", lambda *given: titles.append(given[0]) or draw(*given))
-    write_run(tmp_path / "first")
-    write_run(tmp_path / "second", epochs=1)
-    for name in ("first", "second"):
-        with pytest.raises(SystemExit) as left:
-            run_command(report.main, [write_config(tmp_path / name)])
-        assert left.value.code == 0
-        picture = tmp_path / name / "diagnostics.png"
-        assert capsys.readouterr().out == f"written: {picture}\n"
-        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-        assert {path.name for path in picture.parent.iterdir()} == {
-            *["config.yaml", "metrics.jsonl", picture.name]
-        }
-    assert titles == ["first", "second"]
-
-
-@pytest.mark.parametrize("started", [True, False])
-def test_a_run_without_epochs_is_one_line(tmp_path, capsys, started):
-    if started:
-        write_run(tmp_path / "run", epochs=0)
+def leave(argv, capsys) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and the lines of stderr that are no journal's."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        run_command(report.main, [write_config(tmp_path / "run")])
-    assert left.value.code == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    words = "holds no epoch yet" if started else "is this a run folder?"
-    assert len(error) == 1 and words in error[0] and str(tmp_path / "run") in error[0]
-    assert not (tmp_path / "run/diagnostics.png").exists()
+        run_command(report.main, [str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return left.value.code, out, [line for line in err.splitlines() if line.startswith("error")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A real run of two epochs on images of columns, evaluated by kNN."""
+    folder = tmp_path_factory.mktemp("trained")
+    sets = {}
+    for seed, split in enumerate(("train", "val")):
+        source = digit_like(np.random.default_rng(seed), 24, 12, 4)
+        sets[split] = write(source, folder / split, Store("raw")).path
+    options = {
+        "data.train": sets["train"], "data.val": sets["val"], "run.dir": folder, "run.name": "r",
+        "run.device": "cpu", "model.encoder": "resnet_small", "model.stem": "cifar",
+        "views.size": 12, "views.blur_prob": 0, "optim.batch_size": 8, "optim.epochs": 2,
+        "projector.hidden": 16, "projector.out": 8, "train.log_every": 1, "train.online_every": 1,
+        "eval.probes": "knn", "eval.knn_k": 3,
+    }  # fmt: skip
+    argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    settings = load(RUN, argv, "test", "")
+    run = RunFolder(train(settings))
+    write_evaluation(run, *evaluate(run, settings))
+    return run
+
+
+def test_a_real_run_has_its_images_and_features(trained, tmp_path):
+    page, over = Reporter([trained.path]).page()
+    assert over
+    found = {picture.name: picture for picture in page.pictures()}
+    assert {"views", "neighbors", "embedding", "confusion", "online-top1", "time"} <= found.keys()
+    assert sum(row[2] for row in found["confusion"].rows) == 24
+    assert len(found["embedding"].rows) == 24 and "24 of 24 val images" in found["embedding"].how
+    # The whole images beside the views are the set's own, of one bright column per class.
+    tiles = np.asarray(found["views"].figure.axes[0].images[0].get_array())
+    assert (tiles[:12, :12, 0].min(0) == 255).sum() == 1
+    assert "is missing" not in page.html() and "cannot" not in page.html()
+
+
+def test_a_run_without_its_data_says_so_and_reports_the_rest(trained, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    text = trained.config.read_text().replace("/val/", "/gone/")
+    (moved / "config.yaml").write_text(text)
+    (moved / "metrics.jsonl").write_bytes(trained.metrics.read_bytes())
+    html = Reporter([moved]).page()[0].html()
+    assert html.count("gone/train.beton: no such beton") == 1  # no probe: no confusion matrix either
+    assert 'id="views"' in html and 'id="loss"' in html and 'id="neighbors"' not in html
+
+
+def test_what_needs_weights_is_made_once_per_checkpoint(trained, monkeypatch):
+    made = []
+    draw = report._draw
+    monkeypatch.setattr(report, "_draw", lambda *given: made.append(1) or draw(*given))
+    reporter = Reporter([trained.path])
+    reporter.page(), reporter.page()
+    assert len(made) == 1
+    assert Reporter([trained.path, trained.path]).page()[0].title == "2 runs" and len(made) == 1
+
+
+def test_the_command_writes_one_page_where_it_is_asked_to(tmp_path, capsys, monkeypatch):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
+    before = {path.name for path in one.iterdir()}
+    assert leave([one], capsys) == (0, f"written: {one}/report.html\n", [])
+    assert {path.name for path in one.iterdir()} == before | {"report.html"}
+    monkeypatch.chdir(tmp_path)
+    assert leave([one, two], capsys)[:2] == (0, "written: report.html\n")
+    assert "<title>2 runs</title>" in (tmp_path / "report.html").read_text()
+    argv = [one, "--out", "new/x.html", "--report.figures", "figures"]
+    assert leave(argv, capsys)[:2] == (0, "written: new/x.html and figures\n")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"loss.png", "loss.svg", "spectrum.png"} <= names and len(names) % 2 == 0
+    assert (tmp_path / "new/x.html").read_text() == (one / "report.html").read_text()
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    good = write_run(tmp_path / "good")
+    damaged = write_run(tmp_path / "damaged")
+    (damaged / "metrics.jsonl").write_text("x\ny\n")
+    foreign = write_config(tmp_path / "foreign")
+    (foreign / "config.yaml").write_text("model: resnet\n")
+    write_journal(foreign)
+    started = write_config(tmp_path / "started")  # killed before its first event
+    study = tmp_path / "study"
+    write_run(study / "digits" / "a-seed0")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for argv, code, words in (
+        ([], 2, "give run folders"),
+        ([tmp_path / "none"], 1, "no such run folder"),
+        ([empty], 1, "is no run folder"),
+        ([good, damaged], 1, "damaged/metrics.jsonl, line 1 is no JSON object"),
+        ([good, foreign], 1, "foreign/config.yaml was not written by fastproj train"),
+        ([good, started], 1, "started/metrics.jsonl: No such file"),
+        ([good, study], 1, "is a study: give it alone"),
+        ([good, "--out", tmp_path / "good/config.yaml/x.html"], 1, "cannot write"),
+        ([good, "--figures", tmp_path / "good/config.yaml"], 1, "cannot write"),
+        ([good, "--optim.lr", "1"], 2, "unknown setting --optim.lr"),
+        ([good, "--watch", "-1"], 2, "report.watch"),
+    ):
+        found, _, errors = leave(argv, capsys)
+        assert found == code and len(errors) == 1 and words in errors[0], (argv, errors)
+
+
+def test_a_study_before_its_end_is_its_runs_so_far(tmp_path):
+    study = tmp_path / "few"
+    write_run(study / "digits" / "a-seed0")
+    write_run(study / "digits" / "b-seed0", end=False)
+    write_run(study / "digits" / "sweep" / "a-try0-seed0")
+    (study / "logs").mkdir()
+    damaged = write_run(study / "digits" / "c-seed0")
+    (damaged / "metrics.jsonl").write_text("x\n")
+    page, over = Reporter([study]).page()
+    assert not over and page.about == "3 runs, 2 of them over." and page.title == "Study few"
+    assert "it has not ended" in page.notes[0] and "c-seed0" in page.notes[1]
+    (study / "study.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(InputError, match="schema 99"):
+        Reporter([study]).page()
+
+
+def test_watch_refreshes_until_the_run_has_ended(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", epochs=1, end=False)
+    pages, slept = [], []
+
+    def sleep(seconds):
+        pages.append((run / "report.html").read_text())
+        slept.append(seconds)
+        if len(slept) == 2:
+            write_journal(run, epochs=1, first=1, end=True)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    code, out, _ = leave([run, "--watch", "9"], capsys)
+    assert (code, slept) == (0, [9, 9]) and out.count("written: ") == 3
+    assert all('http-equiv="refresh" content="9"' in page for page in pages)
+    last = (run / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in last and "ended after 20 of 20 steps" in last
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
-    write_run(tmp_path / "run")
     script = (
         "import sys; sys.modules['matplotlib'] = None  # as if it were not installed\n"
-        "from fastproj import report\n"
-        "from fastproj.core.errors import run_command\n"
-        "run_command(report.main)"
+        "from fastproj.__main__ import main\n"
+        "main('report')"
     )
-    command = [sys.executable, "-c", script, write_config(tmp_path / "run")]
+    command = [sys.executable, "-c", script, str(write_run(tmp_path / "run"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the report needs matplotlib") and "fastproj-ssl[report]" in line
+    assert line.startswith("error: fastproj report needs matplotlib")
+    assert "fastproj-ssl[report]" in line
+
+
+@pytest.mark.slow
+def test_twenty_long_runs_are_compared_quickly(tmp_path, capsys):
+    """Of 200 epochs each, in CPU time: other processes on the machine count for nothing."""
+    runs = [write_run(tmp_path / f"r{n:02}", epochs=200, seed=n) for n in range(20)]
+    before = time.process_time()
+    assert leave([*runs, "--out", tmp_path / "x.html"], capsys)[0] == 0
+    assert time.process_time() - before < 20
+    assert (tmp_path / "x.html").stat().st_size < 5e6
+
+
+SIZES = [(390, "light"), (1440, "dark"), (390, "dark"), (1440, "light")]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_everything(trained, tmp_path):
+    """In Chromium: no console error, nothing loaded, every figure there, nothing cut off."""
+    program = chromium.find()
+    if program is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    other = write_run(tmp_path / "a-long-name-for-a-run-to-be-broken-on-a-phone")
+    pages = {
+        "one": Reporter([trained.path]).page()[0],
+        "several": Reporter([trained.path, other]).page()[0],
+    }
+    with chromium.browser(program, tmp_path / "profile") as browser:
+        for name, page in pages.items():
+            path = tmp_path / f"{name}.html"
+            report.write(page, path)
+            seen = {}
+            for width, scheme in SIZES:
+                browser.open(path, width, scheme)
+                assert browser.errors() == [] and browser.requests() == [path.as_uri()]
+                inside, outside = browser.evaluate(
+                    "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+                )
+                assert inside <= outside <= width
+                drawn = browser.evaluate(
+                    "[...document.querySelectorAll('figure')].map(f => [f.id, "
+                    "f.querySelector('svg').getBoundingClientRect().width, "
+                    "f.querySelector('svg').getBoundingClientRect().height])"
+                )
+                assert {of[0] for of in drawn} == {picture.name for picture in page.pictures()}
+                assert all(min(of[1:]) > 60 for of in drawn)
+                seen[width, scheme] = browser.evaluate(
+                    "[getComputedStyle(document.body).backgroundColor, getComputedStyle("
+                    "document.querySelector('#loss path[style*=c0]')).stroke]"
+                )
+            assert seen[390, "light"] == seen[1440, "light"] == ["rgb(255, 255, 255)",
+                                                                 "rgb(0, 114, 178)"]  # fmt: skip
+            assert seen[390, "dark"] == seen[1440, "dark"] != seen[390, "light"]

@@ -49,7 +49,9 @@ def test_the_map_keeps_clusters_apart():
 
 def test_classes_beyond_ten_are_one_group():
     found = embedded()
-    many = Embedded(found.images, found.features, np.arange(40) % 13, tuple("abcdefghijklm"), 40, "")
+    many = Embedded(
+        found.images, found.features, np.arange(40) % 13, tuple("abcdefghijklm"), 40, ""
+    )
     groups = [row[0] for row in samples.embedding(many).rows]
     assert set(groups) == {*"abcdefghij", "others"}
     assert groups.count("others") == sum(n % 13 >= 10 for n in range(40))

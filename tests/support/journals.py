@@ -28,7 +28,7 @@ def write_config(folder: Path, seed: int = 0, epochs: int = 4) -> Path:
     (folder / "config.yaml").write_text(text)
     environment = {"command": "python -m fastproj train --x '<y>'", "cpu": "a cpu", "gpus": [],
                    "git": {"commit": "c" * 40, "dirty": False}, "cuda": None,
-                   "packages": {"torch": "1", "timm": None}}  # fmt: skip
+                   "packages": {"fastproj": "0", "torch": "1", "timm": None}}  # fmt: skip
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
@@ -84,7 +84,9 @@ def write_journal(
     return folder / "metrics.jsonl"
 
 
-def write_run(folder: Path, epochs: int = 4, seed: int = 0, end: bool = True, **more: float) -> Path:
+def write_run(
+    folder: Path, epochs: int = 4, seed: int = 0, end: bool = True, **more: float
+) -> Path:
     """Settings, environment and journal; not evaluated."""
     write_config(folder, seed, epochs)
     write_journal(folder, epochs, end=end, **more)
