@@ -73,7 +73,8 @@ def test_a_run_without_its_data_says_so_and_reports_the_rest(trained, tmp_path):
     (moved / "config.yaml").write_text(text)
     (moved / "metrics.jsonl").write_bytes(trained.metrics.read_bytes())
     html = Reporter([moved]).page()[0].html()
-    assert html.count("gone/train.beton: no such beton") == 1  # no probe: no confusion matrix either
+    # Once: without scores there is no confusion matrix to be missed.
+    assert html.count("gone/train.beton: no such beton") == 1
     assert 'id="views"' in html and 'id="loss"' in html and 'id="neighbors"' not in html
 
 
