@@ -224,7 +224,7 @@ def main(argv: Sequence[str]) -> None:
             "[--section.name VALUE ...]"
         )
     how = load(REPORT, options, PROG, description).report
-    paths = [Path(folder) for folder in folders]
+    paths = [*{Path(folder).resolve(): Path(folder) for folder in folders}.values()]
     # A study's folder is no run's, and its page has the same name.
     own = RunFolder(paths[0] if len(paths) == 1 else Path()).report
     out = Path(how.out) if how.out else own

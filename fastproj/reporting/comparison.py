@@ -7,10 +7,11 @@ from fastproj.reporting.curves import Curve, Panel
 from fastproj.reporting.figures import LEGEND, Picture, legend, lines, slug
 from fastproj.reporting.page import Block, Missing, Page, Section, Table
 from fastproj.reporting.read import Reported
-from fastproj.reporting.run import of_steps
+from fastproj.reporting.run import of_steps, spectrum_picture
 
 # Settings that differ from run to run and say nothing about what was done.
 ASIDE = ("run.name", "run.dir", "run.resume")
+NOTHING: Curve = ([], [])  # of a run without a curve: it still takes its color
 
 
 def labels(runs: Sequence[Reported]) -> list[str]:
@@ -53,6 +54,11 @@ def curve_sections(runs: Sequence[Reported], names: Sequence[str]) -> list[Secti
     for panel in curves.panels(seen):
         blocks = training if panel.group == "training" else diagnostics
         blocks += [_of_runs(panel, curve, names, found) for curve in panel.curves if curve in seen]
+    spectra = [curves.spectra(run.events) for run in runs]
+    for curve, text in curves.SPECTRA.curves.items() if any(spectra) else ():
+        panel = curves.SPECTRA._replace(title=f"Singular values of {text}, last measured epoch")
+        there = {n: mine.get(curve, NOTHING) for n, mine in zip(names, spectra, strict=True)}
+        diagnostics.append(spectrum_picture(slug(curve), panel, there))
     rates = [*filter(None, (_steps(runs, names, name) for name in ("images_per_second",)))]
     if not seen and not any(isinstance(block, Picture) for block in training):
         training.append(Missing("curves", "no step was logged yet"))
@@ -69,7 +75,7 @@ def _of_runs(
     """One curve of all runs that have it; the others keep their colors."""
     text = panel.curves[curve]
     title = f"{panel.title}: {text}" if text else panel.title
-    there = {name: mine.get(curve, ([], [])) for name, mine in zip(names, found, strict=True)}
+    there = {name: mine.get(curve, NOTHING) for name, mine in zip(names, found, strict=True)}
     return lines(slug(curve), panel._replace(title=title), there)
 
 
@@ -114,8 +120,8 @@ def _probes(runs: Sequence[Reported], names: Sequence[str]) -> list[Block]:
         ]  # fmt: skip
         head = ("data", "probe", "encoder", "run", *(f"{m} (% of val)" for m in metrics))
         how = (
-            "Accuracy on val of probes on frozen features; differences of single runs are within "
-            "the noise of their seeds unless a study says otherwise."
+            "Accuracy on val of probes on frozen features; a difference between single runs may be "
+            "the noise of their seeds, which fastproj study tells apart."
         )
         blocks.append(Table("Scores", head, table, how=how))
     for data, probe in dict.fromkeys((row.data, row.probe) for _, row in rows):

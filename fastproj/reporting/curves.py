@@ -35,8 +35,8 @@ PANELS = [
         "Loss per epoch",
         "loss",
         {"loss": "all terms, weighted", PENALTY + "objective": "objective"},
-        "Mean over the steps of each epoch; it should fall, and where penalties are on, the gap "
-        "between the two lines is their weighted sum.",
+        "Mean over the steps of each epoch; it should fall. Where penalties are on, all terms are "
+        "the objective and the weighted sum of the penalties.",
         group="training",
     ),
     Panel(

@@ -52,7 +52,7 @@ class Picture:
     """A figure with what belongs to it.
 
     ``name``: of its files. ``how``: one sentence that says how to read it. ``head`` and ``rows``:
-    its numbers. ``wide``: it takes the page's whole width.
+    its numbers.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Picture:
     figure: Figure
     head: tuple[str, ...]
     rows: Sequence[Sequence[Any]]
-    wide: bool = False
 
     def svg(self) -> str:
         """The figure as SVG, in the colors of a light page, on nothing."""
@@ -111,25 +110,25 @@ def lines(
     """The curves ``found``: label -> (places, values), all with the unit of ``panel``.
 
     ``x``: what the places count. ``bands``: label -> the standard deviation around a curve.
-    ``scales``: ``xscale`` and ``yscale`` of the axes. More than ``LEGEND`` lines have no legend.
+    ``scales``: ``xscale`` and ``yscale`` of the axes. A curve without places is not named and keeps
+    its color. More than ``LEGEND`` lines have no legend.
     """
     figure, axes = start()
-    rows: list[Sequence[Any]] = []
     bands = bands or {}
+    columns: dict[str, dict[int, float]] = {}  # of the numbers: head -> place -> value
     for number, (label, (places, values)) in enumerate(found.items()):
         scaled = [panel.factor * value for value in values]
         marker = "o" if len(places) <= 30 else ""
-        axes.plot(places, scaled, label=label, marker=marker, markersize=3, linewidth=1.4,
-                  **style(number))  # fmt: skip
-        std = [panel.factor * value for value in bands[label][1]] if label in bands else []
-        if std:
+        axes.plot(places, scaled, label=label if places else "_", marker=marker, markersize=3,
+                  linewidth=1.4, **style(number))  # fmt: skip
+        head = f"{label}: {panel.axis}" if label else panel.axis
+        columns[head] = dict(zip(places, scaled, strict=True))
+        if label in bands:
+            std = [panel.factor * value for value in bands[label][1]]
+            columns[f"{head}, standard deviation"] = dict(zip(places, std, strict=True))
             low, high = np.subtract(scaled, std), np.add(scaled, std)
             axes.fill_between(places, low, high, color=COLORS[number % len(COLORS)], alpha=0.2,
                               linewidth=0)  # fmt: skip
-        rows += [
-            (label or panel.title, place, value, *std[at : at + 1])
-            for at, (place, value) in enumerate(zip(places, scaled, strict=True))
-        ]
     axes.set(xlabel=x, ylabel=panel.axis, **scales)
     if "xscale" not in scales:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -137,8 +136,9 @@ def lines(
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     if 1 < len(found) <= LEGEND:
         axes.legend(fontsize="small")
-    head = ("curve", x, panel.axis, "standard deviation")
-    return Picture(name, panel.title, panel.how, figure, head[: 3 + bool(bands)], rows)
+    every = sorted({place for column in columns.values() for place in column})
+    rows = [(place, *(column.get(place) for column in columns.values())) for place in every]
+    return Picture(name, panel.title, panel.how, figure, (x, *columns), rows)
 
 
 def of_panel(panel: Panel, found: Mapping[str, Curve]) -> Picture:
@@ -233,7 +233,10 @@ def scatter(
     groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], joined: bool = False,
     size: tuple[float, float] = SIZE,
 ) -> Picture:  # fmt: skip
-    """Points of several groups, each with its color and marker; ``joined``: in their order."""
+    """Points of several groups, each with its color and marker.
+
+    ``joined``: a line through them in their order, and the last one is large.
+    """
     figure, axes = start(size[1], size[0])
     markers = "osD^vP*X<>"
     rows: list[Sequence[Any]] = []
@@ -241,6 +244,9 @@ def scatter(
         axes.plot(x, y, linestyle="-" if joined else "", marker=markers[number % len(markers)],
                   markersize=4 if len(x) < 100 else 3, linewidth=0.8, alpha=0.8,
                   color=COLORS[number % len(COLORS)], label=label)  # fmt: skip
+        if joined:  # which end is the last
+            axes.plot(x[-1:], y[-1:], markers[number % len(markers)], markersize=9, alpha=0.8,
+                      color=COLORS[number % len(COLORS)])  # fmt: skip
         rows += [(label, a, b) for a, b in zip(x, y, strict=True)]
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
     if len(groups) > 1:

@@ -106,7 +106,7 @@ def _section(number: int, section: Section) -> str:
     """Neighboring figures share a grid; everything else takes the whole width."""
     parts, grid = [], ""
     for block in section.blocks:
-        if isinstance(block, Picture) and not block.wide:
+        if isinstance(block, Picture):
             grid += _block(block)
             continue
         if grid:
@@ -140,9 +140,8 @@ def _picture(picture: Picture) -> str:
     writer.writerow(picture.head)
     writer.writerows([[cell(value) for value in row] for row in picture.rows])
     numbers = link(f"{picture.name}.csv", "text/csv", file.getvalue(), "numbers (CSV)")
-    wide = ' class="wide"' if picture.wide else ""
     return (
-        f'<figure id="{picture.name}"{wide}><h3>{title}</h3>{themed(picture)}'
+        f'<figure id="{picture.name}"><h3>{title}</h3>{themed(picture)}'
         f"<figcaption>{how} {numbers}</figcaption></figure>"
     )
 

@@ -70,8 +70,9 @@ class Pictures:
 
 def of_steps(name: str, found: dict[str, curves.Curve]) -> Picture | None:
     """The figure of a quantity of the logged steps; None where there is nothing."""
-    there = {label: curve for label, curve in found.items() if curve[0]}
-    return lines(f"step-{name.replace('_', '-')}", STEPS[name], there, "step") if there else None
+    if not any(places for places, _ in found.values()):
+        return None
+    return lines(f"step-{name.replace('_', '-')}", STEPS[name], found, "step")
 
 
 def run_page(run: Reported, pictures: Pictures) -> Page:
@@ -82,7 +83,8 @@ def run_page(run: Reported, pictures: Pictures) -> Page:
     training += [of_panel(panel, found) for panel in panels if panel.group == "training"]
     diagnostics: list[Block] = [of_panel(p, found) for p in panels if p.group == "diagnostics"]
     if spectra := curves.spectra(run.events):
-        diagnostics.append(spectrum_picture(spectra))
+        named = {curves.SPECTRA.curves[name]: curve for name, curve in spectra.items()}
+        diagnostics.append(spectrum_picture("spectrum", curves.SPECTRA, named))
     if not training:
         training.append(Missing("curves", "no step was logged yet"))
     if not diagnostics:
@@ -102,15 +104,13 @@ def run_page(run: Reported, pictures: Pictures) -> Page:
     return Page(f"Run {run.name}", run.status(), sections)
 
 
-def spectrum_picture(found: dict[str, curves.Curve]) -> Picture:
-    """The spectra of the last measured epoch."""
-    named = {curves.SPECTRA.curves[name]: curve for name, curve in found.items()}
+def spectrum_picture(name: str, panel: Panel, found: dict[str, curves.Curve]) -> Picture:
+    """Spectra of the last measured epoch: label -> (places, fractions)."""
     positive = {  # a logarithm has no place for 0
-        name: ([k for k, v in zip(*curve, strict=True) if v > 0], [v for v in curve[1] if v > 0])
-        for name, curve in named.items()
+        label: ([k for k, v in zip(*curve, strict=True) if v > 0], [v for v in curve[1] if v > 0])
+        for label, curve in found.items()
     }
-    return lines("spectrum", curves.SPECTRA, positive, "singular value, from the largest",
-                 yscale="log")  # fmt: skip
+    return lines(name, panel, positive, "singular value, from the largest", yscale="log")
 
 
 def _steps(run: Reported, name: str) -> Picture | None:

@@ -71,7 +71,7 @@ def forest_of(study: Study) -> Any:
 @in_style
 def forest(dataset: str, rows: Sequence[Mapping[str, Any]], baseline: str, primary: str) -> Picture:
     """Paired gains with their 95 % intervals, and the published ones; controls are hollow."""
-    figure, axes = start(0.9 + 0.42 * len(rows), 6.4)
+    figure, axes = start(1.1 + 0.38 * len(rows))
     axes.axvline(0, color=INK, linewidth=1)
     for number, row in enumerate(rows):
         y, color = -number, COLORS[1] if row["control"] else COLORS[0]
@@ -100,7 +100,7 @@ def forest(dataset: str, rows: Sequence[Mapping[str, Any]], baseline: str, prima
     head = ("arm", "pairs", "gain_mean", "gain_low", "gain_high", "published", "p_holm")
     numbers = [[row.get(name) for name in head] for row in rows]
     title = f"Gains on {dataset}"
-    return Picture(f"gains-{slug(dataset)}", title, how, figure, head, numbers, wide=True)
+    return Picture(f"gains-{slug(dataset)}", title, how, figure, head, numbers)
 
 
 def _table(study: Study) -> Block:
@@ -156,7 +156,9 @@ def _unit(diagnostic: str) -> str:
     panel = next((p for p in curves.PANELS if diagnostic in p.curves), None)
     if panel is None:
         return "as logged"
-    return "fraction" if panel.factor == curves.PER_CENT else panel.axis
+    if panel.factor == curves.PER_CENT:
+        return "fraction"
+    return panel.axis.rpartition("(")[2].removesuffix(")")  # "I₂(h; z) (nats)" -> "nats"
 
 
 @in_style
@@ -271,8 +273,8 @@ def _paths(study: Study, dataset: str, runs: Mapping[str, Reported]) -> Picture 
     if not groups:
         return None
     how = (
-        "Each line is an arm from its first epoch to its last, the mean over its seeds; the online "
-        f"probe is scored {ONLINE[online]}."
+        "Each line is an arm by epoch, the mean over its seeds, and the large mark is its last "
+        f"epoch; the online probe is scored {ONLINE[online]}."
     )
     axes = ("I₂(h; z) (nats)", f"online probe, right {ONLINE[online]} (%)")
     name = f"paths-{slug(dataset)}"

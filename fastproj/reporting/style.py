@@ -17,9 +17,10 @@ h1{font-size:1.6rem;margin:.2em 0}h2{font-size:1.25rem;margin:1.8em 0 .6em;
 border-bottom:1px solid var(--faint)}h3{font-size:1rem;margin:.8em 0 .3em}
 p{margin:.4em 0;max-width:80ch}a{color:var(--link)}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem;margin-top:.8rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem;
+margin:1rem 0}
 figure{margin:0;padding:.6rem;background:var(--card);border-radius:8px;min-width:0}
-figure h3{margin:0 0 .3em}figure.wide{margin:1rem 0}
+figure h3{margin:0 0 .3em}
 svg{display:block;width:100%;height:auto;margin:0 auto}
 svg text{font-family:system-ui,sans-serif!important}
 figcaption{color:var(--dim);font-size:.87rem}
@@ -27,7 +28,7 @@ figcaption{color:var(--dim);font-size:.87rem}
 table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--faint);
 vertical-align:top;overflow-wrap:normal}
-td{max-width:60ch}
+td{max-width:60ch}td:first-child{white-space:nowrap}
 th{color:var(--dim);font-weight:600}
 pre{background:var(--card);padding:.6rem;border-radius:8px;overflow-x:auto;white-space:pre-wrap;
 font-size:.85rem}

@@ -77,9 +77,8 @@ def test_a_figure_has_a_unit_a_sentence_and_its_numbers():
     assert {(1.0, 9.0), (3.0, 33.0)} <= {(float(x), round(float(y), 9)) for x, y in corners}
     page = Page("t", "", [Section("s", [picture])]).html()
     assert numbers(page, "share.csv") == [
-        ["curve", "epoch", "of all (%)", "standard deviation"],
-        ["one", "1", "10", "1"], ["one", "2", "20", "2"], ["one", "3", "30", "3"],
-        ["a, b", "2", "50"],
+        ["epoch", "one: of all (%)", "one: of all (%), standard deviation", "a, b: of all (%)"],
+        ["1", "10", "1", ""], ["2", "20", "2", "50"], ["3", "30", "3", ""],
     ]  # fmt: skip
     assert "Higher is better." in Parsed(page).text
 

@@ -158,9 +158,14 @@ def test_several_runs_over_one_another(tmp_path):
     assert differing(runs) == {"run.seed": ["0", "1"], "optim.epochs": ["4", "2"]}
     page = comparison_page(runs, "two")
     split = {"online-top1", "online-top5", "online-knn-top1", "negative-loss-minus-information"}
+    split |= {"spectrum-features", "spectrum-projections"}
     assert names(page) == CURVES | split | {"step-images-per-second"}
+    (spectrum,) = [p for p in page.pictures() if p.name == "spectrum-features"]
+    assert spectrum.rows == [(1, 0.53, 0.51), (2, 0.25, 0.25)]  # a logarithm has no 0
+    assert spectrum.figure.axes[0].get_yscale() == "log"
     (loss,) = [p for p in page.pictures() if p.name == "loss"]
-    assert loss.rows[:2] == [("x/a", 1, 5.0), ("x/a", 2, 4.0)] and ("y/a", 2, 4.0) in loss.rows
+    assert loss.head == ("epoch", "x/a: loss", "y/a: loss")
+    assert loss.rows == [(1, 5.0, 5.0), (2, 4.0, 4.0), (3, 3.0, None), (4, 2.0, None)]
     found = tables(page)
     assert found["Scores"].rows[1][3:5] == ("y/a", "50.00")
     assert found["Settings that differ"].rows == [("x/a", "0", "4"), ("y/a", "1", "2")]
@@ -172,14 +177,17 @@ def test_several_runs_over_one_another(tmp_path):
 
 
 def test_the_lines_of_many_runs_are_named_once(tmp_path):
-    runs = [read_run(RunFolder(write_run(tmp_path / f"r{n}", epochs=1))) for n in range(7)]
-    page = comparison_page([*runs[:2], read_run(RunFolder(write_run(tmp_path / "s")))], "three")
+    runs = [read_run(RunFolder(write_run(tmp_path / f"r{n}", epochs=n > 0))) for n in range(7)]
+    page = comparison_page(runs[:3], "three")
     assert "legend" not in names(page)
+    (loss,) = [p for p in page.pictures() if p.name == "step-loss"]
+    texts = [text.get_text() for text in loss.figure.axes[0].get_legend().get_texts()]
+    assert texts == ["r1", "r2"]  # the first one has not come to a step
     page = comparison_page(runs, "seven")
     assert "legend" in names(page)
     colors = {p.name: [line.get_color() for line in p.figure.axes[0].lines][:7]
               for p in page.pictures()}  # fmt: skip
-    assert colors["loss"] == colors["legend"] == colors["dead-latents"]
+    assert colors["loss"] == colors["legend"] == colors["step-loss"] == colors["dead-latents"]
 
 
 @pytest.fixture
