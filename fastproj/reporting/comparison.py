@@ -7,7 +7,7 @@ from fastproj.reporting.curves import Curve, Panel
 from fastproj.reporting.figures import LEGEND, Picture, legend, lines, slug
 from fastproj.reporting.page import Block, Missing, Page, Section, Table
 from fastproj.reporting.read import Reported
-from fastproj.reporting.run import of_steps, spectrum_picture
+from fastproj.reporting.run import ENCODER, of_steps, spectrum_picture
 
 # Settings that differ from run to run and say nothing about what was done.
 ASIDE = ("run.name", "run.dir", "run.resume")
@@ -110,20 +110,25 @@ def _probes(runs: Sequence[Reported], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     rows = [(n, row) for n, run in zip(names, runs, strict=True) if run.evaluation
             for row in run.evaluation.rows]  # fmt: skip
-    metrics = list(dict.fromkeys(metric for _, row in rows for metric in row.metrics))
-    if rows:
-        rows.sort(key=lambda item: (item[1].data, item[1].probe, item[1].encoder))
-        table = [
-            (row.data, row.probe, row.encoder, name,
-             *(f"{100 * row.metrics[m]:.2f}" if m in row.metrics else "" for m in metrics))
-            for name, row in rows
-        ]  # fmt: skip
-        head = ("data", "probe", "encoder", "run", *(f"{m} (% of val)" for m in metrics))
-        how = (
-            "Accuracy on val of probes on frozen features; a difference between single runs may be "
-            "the noise of their seeds, which fastproj study tells apart."
-        )
-        blocks.append(Table("Scores", head, table, how=how))
+    how = (
+        "Accuracy on val of probes on frozen features; a difference between single runs may be the "
+        "noise of their seeds, which fastproj study tells apart."
+    )
+    for title, own in (("Scores", True), ("Scores of baselines and other depths", False)):
+        found: dict[str, dict[str, float]] = {}  # column -> run -> per cent
+        for name, row in rows:
+            if own == (row.encoder == ENCODER):
+                of = f"{row.probe}, {row.data}" + (f", {row.encoder}" if not own else "")
+                for metric, value in row.metrics.items():
+                    column = found.setdefault(f"{of}: {metric} (% of val)", {})
+                    column[name] = curves.PER_CENT * value
+        if found:
+            table = [
+                (name, *(f"{column[name]:.2f}" if name in column else ""
+                         for column in found.values()))
+                for name in names if any(name in column for column in found.values())
+            ]  # fmt: skip
+            blocks.append(Table(title, ("run", *found), table, folded=not own, how=how))
     for data, probe in dict.fromkeys((row.data, row.probe) for _, row in rows):
         contents = {
             row.protocol.get("data", {}).get("val", {}).get("content")

@@ -167,7 +167,8 @@ def test_several_runs_over_one_another(tmp_path):
     assert loss.head == ("epoch", "x/a: loss", "y/a: loss")
     assert loss.rows == [(1, 5.0, 5.0), (2, 4.0, 4.0), (3, 3.0, None), (4, 2.0, None)]
     found = tables(page)
-    assert found["Scores"].rows[1][3:5] == ("y/a", "50.00")
+    assert found["Scores"].head[1] == "logistic, digits: top1 (% of val)"
+    assert found["Scores"].rows == [("x/a", "75.00", "100.00"), ("y/a", "50.00", "100.00")]
     assert found["Settings that differ"].rows == [("x/a", "0", "4"), ("y/a", "1", "2")]
     assert missing(page) == [
         "digits, logistic: the runs were scored on different val images: their scores cannot be "
