@@ -165,7 +165,7 @@ def _embedded(run: RunFolder, settings: Settings) -> Embedded:
         labels=found.labels.cpu().numpy(),
         classes=val.classes,
         of=len(val),
-        weights=str(path),
+        weights=path.name,
     )
 
 

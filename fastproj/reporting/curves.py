@@ -151,7 +151,7 @@ def leftover(name: str) -> Panel:
 
 def panels(names: Iterable[str]) -> list[Panel]:
     """The panels of the curves ``names``, in the order of ``PANELS``; each curve is in one."""
-    names = {name for name in names}
+    names = set(names)
     there = [panel for panel in PANELS if panel.curves.keys() & names]
     named = {name for panel in PANELS for name in panel.curves} | {name + STD for name in names}
     return there + [leftover(name) for name in sorted(names - named)]

@@ -37,8 +37,8 @@ class Embedded:
     """Some val images and their features.
 
     ``images``: uint8 (n, h, w, 3), small ones to show; ``features``: float32 (n, d); ``labels``:
-    int64 (n,), -1 without one; ``classes``: the names. ``of``: images in the set. ``weights``: the
-    file of the encoder.
+    int64 (n,), -1 without one; ``classes``: the names. ``of``: images in the set. ``weights``:
+    name of the encoder's file.
     """
 
     images: Images
@@ -155,9 +155,9 @@ def embedding(found: Embedded) -> Picture:
     if rest.any():
         groups[OTHERS] = (flat[rest, 0], flat[rest, 1])
     how = (
-        f"Features of {len(found.features):,} of {found.of:,} val images in two dimensions (t-SNE, "
-        f"perplexity {perplexity:.0f}): classes in clusters of their own can be told apart; "
-        "distances between clusters and their sizes mean nothing."
+        f"Features of {len(found.features):,} of {found.of:,} val images under {found.weights} in "
+        f"two dimensions (t-SNE, perplexity {perplexity:.0f}): classes in clusters of their own "
+        "can be told apart; distances between clusters and their sizes mean nothing."
     )
     picture = scatter(
         "embedding", "Map of the features", how, ("t-SNE 1 (no unit)", "t-SNE 2 (no unit)"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from fastproj.core.errors import InputError
 from fastproj.reporting import curves
@@ -142,6 +143,7 @@ def check(row: Mapping[str, Any], baseline: str, verdict: str) -> Picture:
     axes.grid(False, axis="y")
     if len(rest) == 2:
         axes.axvline(float(rest[1]), color=INK, linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"{name.replace('_', ' ')} in the last epoch ({_unit(name)})")
     how = f"Each mark is a run; declared was '{row['check']}', and the treatment {verdict}."
     if verdict == "not known":
@@ -201,7 +203,8 @@ def sweep(study: Study, found: Mapping[str, Any]) -> Picture:
     elif not numbers:
         axes.set_xticks(range(len(texts)), texts)
     axes.set(xlabel=f"{first} (as set)", ylabel="right on the holdout of train (%)")
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     how = (
         "Mean over the sweep's seeds of each try (small dots: single runs), on images held out of "
         "train; the star is what was chosen, and at an end of the line the list was too short."

@@ -12,7 +12,7 @@ from fastproj.reporting.page import Missing, Page, Table
 from fastproj.reporting.read import Setting, read_run
 from fastproj.reporting.run import Pictures, run_page
 from fastproj.reporting.samples import Embedded, Views
-from fastproj.reporting.study import read_study, study_page
+from fastproj.reporting.study import read_study, study_page, sweep
 from fastproj.runs.folder import RunFolder
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Plan
@@ -267,17 +267,35 @@ def test_the_forest_shows_the_gains_of_the_study(study):
 
 def test_the_sweep_marks_its_choice(study):
     report, runs = study
-    (sweep,) = [p for p in study_page(report, runs).pictures() if p.name == "sweep-digits-treated"]
-    (axes,) = sweep.figure.axes
+    (drawn,) = [p for p in study_page(report, runs).pictures() if p.name == "sweep-digits-treated"]
+    (axes,) = drawn.figure.axes
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]
     found = report["sweeps"][1]
     best = int(np.argmax(found["holdout"]))
     assert (list(star.get_xdata()), list(star.get_ydata())) == (
         [float(found["tries"][best]["optim.lr"])], [found["holdout"][best]]
     )  # fmt: skip
-    assert axes.get_xscale() == "log" and [row[0] for row in sweep.rows] == ["0.01", "0.1", "1"]
+    assert axes.get_xscale() == "log" and [row[0] for row in drawn.rows] == ["0.01", "0.1", "1"]
     dots = [line for line in axes.lines if line.get_marker() == "."]
     assert len(dots[0].get_xdata()) == 6  # three tries on two seeds
+
+
+def test_a_sweep_of_words_and_of_two_settings():
+    tries = [{"optim.lr": lr, "projector.kind": kind} for kind in ("mlp", "linear")
+             for lr in ("0.2", "0.1", "low")]  # fmt: skip
+    found = {"set": "s", "arm": "a", "tries": tries, "holdout": [1.0, 2.0, 3.0, 6.0, None, 4.0],
+             "chosen": tries[3], "edge": []}  # fmt: skip
+    (axes,) = sweep({"runs": []}, found).figure.axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+             for line in axes.lines}  # fmt: skip
+    assert drawn == {
+        "projector.kind mlp": ([0, 1, 2], [1, 2, 3]),
+        "projector.kind linear": ([0, 2], [6, 4]),
+        "chosen": ([0], [6]),
+    }
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.2", "0.1", "low"]
+    failed = {**found, "tries": [{"a.b": "1"}], "holdout": [None], "chosen": None}
+    assert sweep({"runs": []}, failed).figure.axes[0].get_legend() is None
 
 
 def test_the_paths_are_means_over_seeds(study):

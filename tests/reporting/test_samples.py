@@ -44,7 +44,7 @@ def test_the_map_keeps_clusters_apart():
     for name, other in ("ab", "ba"):
         near = np.linalg.norm(points[name] - middle[name], axis=1)
         assert (near < np.linalg.norm(points[name] - middle[other], axis=1)).all()
-    assert "40 of 100 val images" in picture.how
+    assert "40 of 100 val images under w.pt" in picture.how
 
 
 def test_classes_beyond_ten_are_one_group():
