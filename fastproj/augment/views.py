@@ -58,6 +58,11 @@ class Augmentation(nn.Module):
         chances = torch.tensor(
             [[v.flip_prob, v.jitter_prob, v.gray_prob, v.blur_prob, v.solarize_prob] for v in views]
         )
+        if min(std) <= 0:
+            raise InputError(
+                f"std is {tuple(std)}: pixels of a channel that all have one value cannot be "
+                "normalized; give other images"
+            )
         deviation = torch.tensor(std, dtype=torch.float32)
         shift = -torch.tensor(mean) / deviation
         for name, value in (("probability", chances), ("low", low), ("span", high - low),

@@ -114,7 +114,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_resolution": (_or_null(_whole(1)), "null or a whole number above 0"),
     "side": (_or_null(_whole(1)), "null or a whole number above 0"),
     "mean": (_shares, "three numbers from 0 to 1"),
-    "std": (lambda x: _shares(x) and min(x) > 0, "three numbers above 0, at most 1"),
+    "std": (_shares, "three numbers from 0 to 1"),  # 0: a channel of one value
     "file_bytes": (_whole(1), "a whole number above 0"),
     "sha256": (_digest, "64 hexadecimal digits"),
     "content": (_digest, "64 hexadecimal digits"),

@@ -316,3 +316,8 @@ def test_views_in_half_precision_are_what_autocast_makes_of_float32(dtype: torch
     layer = torch.nn.Conv2d(3, 4, 3)
     with torch.autocast("cpu", dtype):
         assert torch.equal(layer(there), layer(here))
+
+
+def test_a_deviation_of_zero_is_refused() -> None:
+    with pytest.raises(InputError, match="a channel that all have one value cannot be normalized"):
+        Augmentation([View()], (0.5, 0.5, 0.5), (0.2, 0.0, 0.2))
