@@ -128,8 +128,8 @@ def test_the_wheel_holds_what_it_needs_and_no_more(built: tuple[Path, Path]) -> 
     assert all(name.endswith(".pyi") or name.startswith("fastproj/rcfg/") for name in kept - wanted)
     assert "-cp311-abi3-" in built[1].name
     assert set(metadata.get_all("Provides-Extra")) == {
-        *{"corruptions", "dali", "dev", "ffcv", "onnx", "report", "slurm", "tensorboard", "timm"},
-        "wandb",
+        *{"corruptions", "dali", "dev", "ffcv", "onnx", "parquet", "report", "slurm"},
+        *{"tensorboard", "timm", "wandb"},
     }
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not any(line.startswith(("ffcv", "opencv", "matplotlib", "pytest")) for line in required)

@@ -10,8 +10,7 @@ from collections.abc import Callable
 def die_with(parent: int) -> Callable[[], None] | None:
     """What a child calls before its program, to be killed when the process ``parent`` dies.
 
-    For ``subprocess``'s ``preexec_fn``, or called by the child; ``parent`` is ``os.getpid()`` of
-    whoever starts it. Linux's
+    For ``subprocess``'s ``preexec_fn``; ``parent`` is ``os.getpid()`` of whoever starts it. Linux's
     PR_SET_PDEATHSIG, which follows the thread that started the child: start it in the main thread.
     None elsewhere, where children live on.
     """

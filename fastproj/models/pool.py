@@ -53,6 +53,6 @@ class MaxPool2d(nn.MaxPool2d):
     """torch's, with square windows; compiled, it is still the library's kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(input)
         return _max_pool(input, self.kernel_size, self.stride, self.padding)[0]

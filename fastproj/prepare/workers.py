@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 
 
@@ -75,13 +74,16 @@ class Workers:
         return value
 
 
-def _serve(pipe: Connection) -> None:
-    """A worker's loop: it ends when its pipe does, that is when the parent ends.
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
-    In the middle of a task too: the server that forked it ends with the parent, and it with that.
-    """
-    if ask_to_be_killed := die_with(os.getppid()):
-        ask_to_be_killed()
+
+def _serve(pipe: Connection) -> None:
+    """A worker's loop: it ends when its pipe does, that is when the parent ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # in the middle of a task too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks: ImageNet has hundreds
     try:

@@ -72,8 +72,6 @@ def read_run(run: RunFolder) -> Reported:
     missing: dict[str, str] = {}
     settings = read_settings(run)
     events = journal.read(run.metrics)
-    if any("event" not in event for event in events):
-        raise InputError(f"{run.metrics} is no journal of fastproj train: give another run folder")
     evaluation = None
     try:
         evaluation = read_evaluation(run)

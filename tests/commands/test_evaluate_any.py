@@ -87,7 +87,7 @@ def test_a_function_on_two_sets(
 
 
 def test_a_checkpoint_of_timm_with_baselines(house: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # the random encoder is that of seed 0
     vit = timm.create_model("test_vit", img_size=32, num_classes=0)
     torch.save({"teacher": {f"backbone.{n}": t for n, t in vit.state_dict().items()}},
                tmp_path / "dino.pth")  # fmt: skip
@@ -98,7 +98,8 @@ def test_a_checkpoint_of_timm_with_baselines(house: Path, tmp_path: Path) -> Non
     about = found[-1].protocol["features"]
     assert about["mean"] == [0.5, 0.5, 0.5] and about["crop"]["size"] == 32
     assert "key 'teacher', prefix 'backbone.'" in about["encoder"]["weights"]
-    assert found[2].metrics != found[4].metrics
+    said = [np.load(tmp_path / "out" / found[n].predictions) for n in (2, 4)]
+    assert not np.array_equal(*said)
 
 
 def test_embedded_features_give_the_rows_of_the_encoder(

@@ -89,14 +89,14 @@ def test_it_trains_resumes_is_evaluated_and_loads_back(
     assert newest is not None
     trained = checkpoint.load(newest)["encoder"]
     model = own(name, size).eval()
-    model.load_state_dict(load_file(run.encoder), strict=True)
-    loaded = load_encoder(run.encoder).module.eval()
+    model.load_state_dict(load_file(run.weights), strict=True)
+    loaded = load_encoder(run.weights).module.eval()
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), model(images))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, trained[key])
-    about = safe_open(run.encoder, "pt").metadata()
+    about = safe_open(run.weights, "pt").metadata()
     assert (about["encoder"], about["size"]) == (name, str(size)) and "stem" not in about
 
 

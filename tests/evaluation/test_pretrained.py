@@ -20,7 +20,10 @@ from fastproj.models.encoders import build_encoder
 def pretrained() -> Pretrained:
     weights = build_encoder("resnet_small", "cifar").state_dict()
     file = Path("step-3.pt")
-    return Pretrained("resnet_small", "cifar", (0.5,) * 3, (0.2,) * 3, 3, 1, weights, file)
+    return Pretrained(
+        encoder="resnet_small", stem="cifar", size=None, mean=(0.5,) * 3, std=(0.2,) * 3,
+        step=3, epoch=1, weights=weights, file=file,
+    )  # fmt: skip
 
 
 def test_a_whole_encoder_is_exported_and_read(pretrained: Pretrained, tmp_path: Path) -> None:

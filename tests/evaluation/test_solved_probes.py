@@ -40,6 +40,9 @@ def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         x[:, 6:10], x[:, 10], x[:, 11] = x[:, :4], 0, 1
     if kind == "separable":
         x[:, :4] += 9 * torch.eye(4)[y]
+    if kind == "wide":  # more features than images, some of them copies
+        x, y = torch.cat([x[:40], torch.randn(40, 40, generator=generator)], dim=1), y[:40]
+        x = torch.cat([x, x[:, :20]], dim=1)
     if kind == "rare":  # two images of the last class
         keep = (y < 3) | (torch.arange(400) < 8)
         x, y = x[keep], y[keep]
@@ -63,7 +66,7 @@ def objective(x: torch.Tensor, y: torch.Tensor, head: np.ndarray, strength: floa
     return -likelihood.mean() + strength / 2 * (head[:, :-1] ** 2).sum()
 
 
-KINDS = ["random", "overlapping", "conditioned", "deficient", "separable", "rare"]
+KINDS = ["random", "overlapping", "conditioned", "deficient", "separable", "rare", "wide"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,12 +51,16 @@ def test_an_interrupted_epoch_and_its_rest(tmp_path):
     """As a signal leaves it: both parts stay in the journal, and the second is the later one."""
     path = tmp_path / "metrics.jsonl"
     with Journal(path, main=True, total=10) as book:
-        book.event("epoch", step=4, epoch=0, steps=4, loss=5.0, seconds={"step": 1.0, "pause": 0.5})
+        book.event("epoch", step=4, epoch=0, steps=4, loss=5.0,
+                   seconds={"data_wait": 0.0, "step": 1.0, "pause": 0.5})  # fmt: skip
     with Journal(path, main=True, total=10, start=4) as book:
         book.event("start")
-        book.event("epoch", step=10, epoch=0, steps=6, loss=3.0, seconds={"step": 2.0})
+        book.event("epoch", step=10, epoch=0, steps=6, loss=3.0,
+                   seconds={"data_wait": 0.0, "step": 2.0, "pause": 0.0})  # fmt: skip
     assert curves.curves(read(path)) == {"loss": ([1], [3.0])}
-    assert curves.times(read(path)) == {"step": ([1], [3.0]), "pause": ([1], [0.5])}
+    assert curves.times(read(path)) == {
+        "data_wait": ([1], [0.0]), "step": ([1], [3.0]), "pause": ([1], [0.5]),
+    }  # fmt: skip
 
 
 def test_many_logged_steps_become_means_of_neighbors():

@@ -16,6 +16,7 @@ from fastproj.reporting.study import read_study, study_page, sweep
 from fastproj.runs.folder import RunFolder
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Plan
+from fastproj.studies.scores import read_score
 from tests.support.journals import write_config, write_journal, write_run
 from tests.support.studies import LABELS, fake_run
 
@@ -125,7 +126,7 @@ def test_a_foreign_or_damaged_run_is_an_error(tmp_path):
     with pytest.raises(InputError, match="line 2 is no JSON object"):
         read_run(run)
     run.metrics.write_text('{"iteration": 0}\n')
-    with pytest.raises(InputError, match="no journal of fastproj train"):
+    with pytest.raises(InputError, match="line 1 is no JSON object of a run"):
         read_run(run)
     run.metrics.unlink()
     with pytest.raises(InputError, match="is this a run folder"):
@@ -213,7 +214,7 @@ def study(tmp_path):
     def score(job, right, **more):
         fake_run(job, right, **more)
         write_config(job.run.path)
-        scores[job] = results.read_score(job, plan.primary, LABELS)
+        scores[job] = read_score(job, plan.primary, LABELS)
 
     for number, job in enumerate(plan.sweeps()):
         score(job, 20, holdout=0.5 + 0.01 * (job.trial or 0) + 0.001 * number)

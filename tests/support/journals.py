@@ -80,7 +80,8 @@ def write_journal(
                     protocol={"knn": {"k": 20, "temperature": 0.07}},
                 )
         if end:
-            book.event("end", step=total, seconds={"step": 1.0}, images_per_second=123.0)
+            book.event("end", step=total, seconds={"data_wait": 0.5, "step": 1.0, "pause": 0.0},
+                       images_per_second=123.0)  # fmt: skip
     return folder / "metrics.jsonl"
 
 

@@ -28,6 +28,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
+from torch.utils._triton import has_triton
 
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -73,6 +74,8 @@ def an_h100() -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(owner, name, lambda *_, answer=answer, **__: answer)
             )
+        has_triton.cache_clear()  # other tests have asked on the real machine
+        stack.callback(has_triton.cache_clear)
         yield
 
 

@@ -88,7 +88,7 @@ def epochs(sets: Sets, folder: Path, batch: int, way: str, saving: bool) -> Iter
     }
     with peak_memory(sets.device) as peak:
         run = train_run(sets, folder, given)
-    events = journal.read(run / "metrics.jsonl")
+    events = journal.read(RunFolder(run).metrics)
     ends = [event for event in events if event["event"] == "epoch"]
     whole = [b["time"] - a["time"] for a, b in zip(ends, ends[1:], strict=False)]
     spent = ends[-1]["seconds"]

@@ -29,6 +29,7 @@ from fastproj.evaluation.probes.regression import logistic
 from fastproj.loaders import Crop, open_loader
 from fastproj.loaders.resident import is_uniform
 from fastproj.runs import checkpoint, journal
+from fastproj.runs.folder import RunFolder
 
 CHECKOUT = Path(__file__).parents[3]
 CROPS = {"stream": 2, "resident": 2, "dali": 255}  # gray levels that a pixel may differ by
@@ -236,13 +237,13 @@ def resumed(sets: Sets, folder: Path) -> Iterator[Check]:
 
 
 def _newest(run: Path) -> Path:
-    found = checkpoint.latest(run / "checkpoints")
+    found = checkpoint.latest(RunFolder(run).checkpoints)
     assert found is not None
     return found
 
 
 def _losses(run: Path) -> list[float]:
-    return [e["loss"] for e in journal.read(run / "metrics.jsonl") if e["event"] == "step"]
+    return [e["loss"] for e in journal.read(RunFolder(run).metrics) if e["event"] == "step"]
 
 
 def probes(sets: Sets) -> Iterator[Check]:

@@ -63,6 +63,10 @@ def solve(
     strengths = strengths.to(x.device, torch.float64)
     if not (strengths > 0).all():
         raise InputError("strengths must be above 0: without a penalty there may be no optimum")
+    width, basis = x.shape[1], None
+    if width > len(x):  # the penalty keeps W in the span of the rows: as many unknowns as these
+        basis, triangle = torch.linalg.qr(x.double().T)
+        x = triangle.T
     present, y = y.unique(return_inverse=True)
     prior = torch.bincount(y).double() / len(y)
     start = torch.zeros(len(present), x.shape[1] + 1, dtype=torch.float64, device=x.device)
@@ -80,7 +84,9 @@ def solve(
         found, passes = _lbfgs(x, y, heads[left], strengths[left], inverse, aim * tolerance, kind)
         iterations[left] += passes
         heads[left], objective[left], bound[left] = certify(x, y, found, strengths[left])
-    whole = heads.new_zeros(len(strengths), classes, heads.shape[2])
+    if basis is not None:
+        heads = torch.cat([heads[..., :-1] @ basis.T, heads[..., -1:]], dim=2)
+    whole = heads.new_zeros(len(strengths), classes, width + 1)
     whole[:, :, -1] = -torch.inf
     whole[:, present] = heads
     return Solution(whole, objective, bound, iterations)
