@@ -294,32 +294,6 @@ def test_the_papers_table_has_its_recipes_and_gains(method: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_killed_twice_gives_the_same_tables(
-    root: Path, unkilled: Path, tmp_path: Path
-) -> None:
-    """While the first and the third run train, two at once; the runs die with the study."""
-    argv = [sys.executable, "-m", "fastproj", "study", "--cfg", f"{root}/study.yaml",
-            "--study.dir", str(tmp_path), "--study.processes", "2"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("default-seed0", "default-seed1"):
-        metrics = RunFolder(tmp_path / "tiny" / "s" / name).metrics
-        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
-        while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "tiny" / "table.csv").exists()
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    events = Log(tmp_path / "tiny" / "study.jsonl").events()
-    found = [event["found"] for event in events if event["event"] == "start"]
-    assert "cut" in found and len(found) > 8  # the commands of an unkilled study
-    assert contents(tmp_path / "tiny") == contents(unkilled)
-    assert done.stdout.splitlines()[0].split()[:2] == ["arm", "n"]
-
-
-@pytest.mark.slow
 def test_jobs_of_a_scheduler_give_the_same_tables_also_where_one_is_requeued(
     root: Path, unkilled: Path, tmp_path: Path
 ) -> None:
