@@ -1,5 +1,6 @@
 # make demo   set-up, then the main job: images to a table of accuracies
 # make test   set-up, then the whole test suite
+# make soak   the tests that make test leaves out for their time
 # make check  ruff and mypy
 # make bench  rates of every stage, beside its peers and its limit (some 20 minutes)
 # make wheel  dist/: the source distribution, and a wheel from it for any Linux (libjpeg inside)
@@ -8,7 +9,7 @@
 DATASET ?= digits
 PYTHON := .venv/bin/python
 
-.PHONY: demo test check bench wheel
+.PHONY: demo test soak check bench wheel
 
 demo:
 	./setup.sh
@@ -17,6 +18,10 @@ demo:
 test:
 	./setup.sh dali dev
 	$(PYTHON) -m pytest
+
+soak:
+	./setup.sh dali dev
+	$(PYTHON) -m pytest -m soak
 
 check:
 	./setup.sh dali dev

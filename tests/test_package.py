@@ -177,7 +177,7 @@ def test_the_wheel_runs_outside_the_checkout(built: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("registry", [True, False])
+@pytest.mark.parametrize("registry", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_where_pkg_config_finds_no_libjpeg_the_registry_brings_one(
     built: tuple[Path, Path], tmp_path: Path, registry: bool
 ) -> None:

@@ -36,8 +36,9 @@ FAMILIES = {
     "timm:vit_pwee_patch16_reg1_gap_256": 32,
 }  # fmt: skip
 EVERY = [
-    *FAST, *[pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-]  # fmt: skip
+    *FAST,
+    *[pytest.param(name, marks=[pytest.mark.slow, pytest.mark.soak]) for name in FAMILIES],
+]
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,10 @@ COUNTS: dict[str, tuple[Callable[..., Counted], tuple[Any, ...], tuple[int, int,
 CROPS = (14, 4, 4_258_660_352)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.soak) if n.startswith("ResNet") else n for n in COUNTS],
+)
 def test_no_more_kernels_and_bytes_than_were_committed(name: str) -> None:
     make, given, (kernels, library, size) = COUNTS[name]
     found = make(*given)
