@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fastproj.core.machine import unwritten
 
-CACHED_PIXELS = 2**18  # of the crops under way on a CPU: 3 MB in float32
-
 
 def crop_batch(
     images: Tensor, boxes: Tensor, size: int, dtype: torch.dtype | None = None
@@ -30,23 +28,19 @@ def crop_batch(
     channels-last memory. ``dtype`` of the products changes no pixel: by default float32 on a CPU,
     which is fast there, and float16 elsewhere.
     """
-    cpu = images.device.type == "cpu"
-    dtype = dtype or (torch.float32 if cpu else torch.float16)
+    dtype = dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
     batch, channels, height, width = images.shape
     out = batch_like(boxes.shape[0], batch, size, images.device)
-    # On a CPU a few images at a time, which stay in its cache.
-    chunk = max(1, CACHED_PIXELS // size**2) if cpu else batch
-    for part in (slice(start, start + chunk) for start in range(0, batch, chunk)):
-        rows = images[part].to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
-        for view, box in enumerate(boxes[:, part]):
-            top, left, h, w = box.unbind(-1)
-            # Times 8, so that rounding to integers in between keeps eighths of a gray level.
-            across = (8 * resize_matrices(left, w, size, width)).to(dtype)
-            down = (resize_matrices(top, h, size, height) / 8).to(dtype)
-            # Products in float16 are rounded to float16: do the same to the others' exact sums.
-            x = (rows @ across.mT).to(torch.float16).round_().to(dtype)
-            x = down[:, None] @ x.view(-1, channels, height, size)
-            out[view, part] = x.to(torch.float16).add_(0.5).clamp_(0, 255)
+    rows = images.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+    for view, box in enumerate(boxes):
+        top, left, h, w = box.unbind(-1)
+        # Times 8, so that rounding to integers in between keeps eighths of a gray level.
+        across = resize_matrices(left, w, size, width).mul_(8).to(dtype)
+        down = resize_matrices(top, h, size, height).div_(8).to(dtype)
+        # Products in float16 are rounded to float16: do the same to the others' exact sums.
+        x = (rows @ across.mT).to(torch.float16).round_().to(dtype)
+        x = down[:, None] @ x.view(batch, channels, height, size)
+        out[view] = x.to(torch.float16).add_(0.5).clamp_(0, 255)
     return out
 
 
@@ -64,12 +58,14 @@ def resize_matrices(start: Tensor, length: Tensor, size: int, full: int) -> Tens
     center = (2 * torch.arange(size, device=device) + 1) * length
     # One minus the distance, in units of 1 / (2 · the wider of length and size).
     weights = (inside * size).float()[:, None] - center.float()[..., None]
-    weights = (2 * length.clamp(min=size)[..., None] - weights.abs_()).clamp_(min=0)
+    weights.abs_().neg_().add_(2 * length.clamp(min=size)[..., None]).clamp_(min=0)
     weights *= ((inside > 0) & (inside < 2 * length))[:, None]
     # Rounding the cumulated weights, not each alone, keeps their sum.
     ends = weights.cumsum(-1)
-    ends = (ends / (ends[..., -1:] / 2048)).round_()
-    return torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])) / 2048
+    ends.div_(ends[..., -1:] / 2048).round_().div_(2048)
+    steps = ends.clone()
+    steps[..., 1:] -= ends[..., :-1]
+    return steps
 
 
 def batch_like(
