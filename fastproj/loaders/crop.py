@@ -31,41 +31,46 @@ def crop_batch(
     dtype = dtype or (torch.float32 if images.device.type == "cpu" else torch.float16)
     batch, channels, height, width = images.shape
     out = batch_like(boxes.shape[0], batch, size, images.device)
-    rows = images.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+    # The channels of a row side by side: then one product per axis takes all of them.
+    rows = images.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
     for view, box in enumerate(boxes):
         top, left, h, w = box.unbind(-1)
         # Times 8, so that rounding to integers in between keeps eighths of a gray level.
-        across = resize_matrices(left, w, size, width).mul_(8).to(dtype)
-        down = resize_matrices(top, h, size, height).div_(8).to(dtype)
+        across = resize_matrices(left, w, size, width, total=8).to(dtype)
+        down = resize_matrices(top, h, size, height, total=1 / 8).to(dtype)
         # Products in float16 are rounded to float16: do the same to the others' exact sums.
         x = (rows @ across.mT).to(torch.float16).round_().to(dtype)
-        x = down[:, None] @ x.view(batch, channels, height, size)
-        out[view] = x.to(torch.float16).add_(0.5).clamp_(0, 255)
+        x = (down @ x.view(batch, height, channels * size)).to(torch.float16).add_(0.5)
+        out[view] = x.view(batch, size, channels, size).transpose(1, 2)
     return out
 
 
-def resize_matrices(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
+def resize_matrices(
+    start: Tensor, length: Tensor, size: int, full: int, total: float = 1
+) -> Tensor:
     """Antialiased bilinear weights from ``full`` pixels to ``size``, one matrix per sample.
 
     ``start`` and ``length`` (B,) int64 are the box along this axis. Returns (B, size, full) float32
-    whose rows sum to exactly 1, in multiples of 1/2048: a triangle as wide as the scale (never
-    narrower than a pixel), cut off at the box and normalized, as Pillow and torch define it.
+    whose rows sum to exactly ``total``, a power of 2, in multiples of ``total`` / 2048: a triangle
+    as wide as the scale (never narrower than a pixel), cut off at the box and normalized, as Pillow
+    and torch define it.
     Everything before the division is an integer below 2²⁴ for length² < 2²³·size, so it is exact.
     """
     device = start.device
     length = length[:, None]
     inside = 2 * (torch.arange(full, device=device) - start[:, None]) + 1  # half pixels in the box
     center = (2 * torch.arange(size, device=device) + 1) * length
-    # One minus the distance, in units of 1 / (2 · the wider of length and size).
-    weights = (inside * size).float()[:, None] - center.float()[..., None]
-    weights.abs_().neg_().add_(2 * length.clamp(min=size)[..., None]).clamp_(min=0)
-    weights *= ((inside > 0) & (inside < 2 * length))[:, None]
+    reach = 2 * length.clamp(min=size)
+    # A pixel outside the box is out of reach.
+    pixel = (inside * size).float().masked_fill_((inside < 0) | (inside > 2 * length), torch.inf)
+    # One minus the distance, in units of 1 / reach.
+    weights = (pixel[:, None] - center.float()[..., None]).abs_()
+    torch.sub(reach.float()[..., None], weights, out=weights).clamp_(min=0)
     # Rounding the cumulated weights, not each alone, keeps their sum.
     ends = weights.cumsum(-1)
-    ends.div_(ends[..., -1:] / 2048).round_().div_(2048)
-    steps = ends.clone()
-    steps[..., 1:] -= ends[..., :-1]
-    return steps
+    ends.div_(ends[..., -1:] / 2048).round_().mul_(total / 2048)
+    weights.copy_(ends)[..., 1:].sub_(ends[..., :-1])
+    return weights
 
 
 def batch_like(
