@@ -1,5 +1,6 @@
 """Loaders: stored images to two uint8 crops per image, beside peers and the limit."""
 
+import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -10,6 +11,7 @@ from fastproj.loaders import Crop, open_loader
 from fastproj.loaders.resident import is_uniform
 
 VIEWS = 2
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv.loader"}  # of engines that need one
 
 
 def run(plan: Plan, images: int = 3000, photo: int = 224, small: int = 32) -> list[Row]:
@@ -28,7 +30,7 @@ def run(plan: Plan, images: int = 3000, photo: int = 224, small: int = 32) -> li
 
 def _case(plan: Plan, beton: Beton, size: int, batch: int) -> list[Row]:
     jpegs = are_jpegs(beton)
-    names = ["resident"] * is_uniform(beton) + ["stream", "dali"]
+    names = ["resident"] * is_uniform(beton) + ["stream", "dali", "ffcv"]
     ours = [
         Engine(name, "ours", len(beton), _ours(plan, beton, size, batch, name)) for name in names
     ]
@@ -65,8 +67,8 @@ def _ours(
     plan: Plan, beton: Beton, size: int, batch: int, name: str
 ) -> Callable[[], Callable[[], object]]:
     def prepare() -> Callable[[], object]:
-        if name == "dali":
-            import nvidia.dali  # noqa: F401  # ImportError here: reported as missing
+        if name in LIBRARIES:
+            importlib.import_module(LIBRARIES[name])  # ImportError here: reported as missing
         loader = open_loader(
             beton, [Crop(size, VIEWS)], batch, device=plan.device, engine=name,
             workers=plan.workers, drop_last=False,

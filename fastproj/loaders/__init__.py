@@ -25,6 +25,7 @@ ENGINES = Table(
         "resident": "fastproj.loaders.resident:ResidentLoader",
         "stream": "fastproj.loaders.stream:StreamLoader",
         "dali": "fastproj.loaders.dali:DaliLoader",
+        "ffcv": "fastproj.loaders.ffcv:FfcvLoader",
         "reference": "fastproj.loaders.reference:ReferenceLoader",
     },
 )

@@ -33,10 +33,10 @@ def open_loader(
 
     ``engine`` auto chooses resident if all images are stored raw in one size and fit into the
     fraction ``memory_share`` of the GPU's free memory, otherwise stream. On a CPU it always chooses
-    stream, because the page cache keeps the set in memory. It never chooses dali. ``workers``: 0
-    means one per core that this process may use, which is also the maximum. Raises InputError if a
-    batch is larger than the set, there is no such engine, the engine cannot read this beton, or a
-    dependency is missing.
+    stream, because the page cache keeps the set in memory. It never chooses dali or ffcv.
+    ``workers``: 0 means one per core that this process may use, which is also the maximum. Raises
+    InputError if a batch is larger than the set, there is no such engine, the engine cannot read
+    this beton, or a dependency is missing.
     """
     device = torch.device(device)
     order = Order(len(beton), batch_size, seed, shuffle, drop_last, rank, world_size)

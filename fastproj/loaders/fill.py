@@ -69,11 +69,19 @@ class Fill:
         if first_read is not None and share is not None:
             first_read.check(share)
         why = ctypes.create_string_buffer(MESSAGE_BYTES)
-        slot = self._library.fastproj_fill(ctypes.byref(self._batch), why)
+        self.check(self._library.fastproj_fill(ctypes.byref(self._batch), why), why.value)
+
+    @property
+    def address(self) -> int:
+        """Where the batch's description lies, for who calls ``fastproj_fill`` without ``run``."""
+        return ctypes.addressof(self._batch)
+
+    def check(self, slot: int, why: bytes) -> None:
+        """Raise InputError for the sample at ``slot``: ``fastproj_fill`` returned it; -1: none."""
         if slot >= 0:
             index = self.beton.index[self.positions[slot]]
             raise InputError(
-                f"{self.beton.path}: sample {index} cannot be decoded ({why.value.decode()}): "
+                f"{self.beton.path}: sample {index} cannot be decoded ({why.decode()}): "
                 f"run fastproj prepare --verify {self.beton.path}, then write it again"
             )
 

@@ -180,7 +180,7 @@ def test_every_loader_is_measured_on_the_same_images(photos: Beton, small: Beton
     for row in rows:
         assert row.rate or row.missing, row
     found = {(row.case.split(",")[1].split()[0], row.engine) for row in rows}
-    both = {"stream", "dali", "torch DataLoader + torchvision", "FFCV"}
+    both = {"stream", "dali", "ffcv", "torch DataLoader + torchvision", "FFCV"}
     jpegs = both | {"DALI from files", "SPDL from files", "decode alone"}
     raw = both | {"resident", "memory copy"}
     assert found == {("jpeg", name) for name in jpegs} | {("raw", name) for name in raw}
