@@ -63,10 +63,10 @@ def solve(
     strengths = strengths.to(x.device, torch.float64)
     if not (strengths > 0).all():
         raise InputError("strengths must be above 0: without a penalty there may be no optimum")
-    width, basis = x.shape[1], None
-    if width > len(x):  # the penalty keeps W in the span of the rows: as many unknowns as these
-        basis, triangle = torch.linalg.qr(x.double().T)
-        x = triangle.T
+    rows, width = x, x.shape[1]
+    basis = _span(x)  # the penalty keeps W in the span of the rows: no more unknowns than its rank
+    if basis is not None:
+        x = x.double() @ basis
     present, y = y.unique(return_inverse=True)
     prior = torch.bincount(y).double() / len(y)
     start = torch.zeros(len(present), x.shape[1] + 1, dtype=torch.float64, device=x.device)
@@ -86,10 +86,29 @@ def solve(
         heads[left], objective[left], bound[left] = certify(x, y, found, strengths[left])
     if basis is not None:
         heads = torch.cat([heads[..., :-1] @ basis.T, heads[..., -1:]], dim=2)
+        heads, objective, bound = certify(rows, y, heads, strengths)
     whole = heads.new_zeros(len(strengths), classes, width + 1)
     whole[:, :, -1] = -torch.inf
     whole[:, present] = heads
     return Solution(whole, objective, bound, iterations)
+
+
+def _span(x: Tensor) -> Tensor | None:
+    """Orthonormal columns (d, r), float64, that span the rows; None where those span everything.
+
+    Directions with a singular value below 1e-6 of the largest are left out: float32 rows hold
+    nothing but rounding there. What that costs is in the certificate, which sees the whole rows.
+    """
+    if x.shape[1] > len(x):
+        return torch.linalg.qr(x.double().T)[0]
+    some = _some(x)
+    values = torch.linalg.eigvalsh((some.T @ some).double())
+    if values[0] > 1e-6 * values[-1]:  # far above what float32 products round away
+        return None
+    x = x.double()
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    kept = values > 1e-12 * values[-1]
+    return None if kept.all() else vectors[:, kept]
 
 
 def certify(
