@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastproj.data.beton import Beton
 from fastproj.data.verify import FirstRead
 from fastproj.loaders.boxes import Center, Crop, draw
+from fastproj.loaders.crop import compiled_crop_batch, crop_batch
 from fastproj.loaders.order import Order
 
 
@@ -54,10 +55,16 @@ class Loader(ABC):
         # may run in one of them and then lock itself out.
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
         self.reason = ""  # why open_loader chose this engine, in one line
+        self.crop_batch: Callable[..., Tensor] = crop_batch  # what crops on a GPU, if one does
         self._open()
 
     def _open(self) -> None:  # noqa: B027  # not abstract: some engines need nothing
         """Prepare for the first batch. Raises InputError if a dependency is missing."""
+
+    def compile(self) -> None:
+        """Compile the crops, where a GPU makes them; the pixels stay the same."""
+        if self.device.type == "cuda":
+            self.crop_batch = compiled_crop_batch()
 
     def __len__(self) -> int:
         return self.order.steps

@@ -16,7 +16,6 @@ from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader, to_device
-from fastproj.loaders.crop import crop_batch
 from fastproj.loaders.fill import Fill
 
 CHUNK = 4096  # images per copy to the device: fast, and small compared with the set
@@ -87,7 +86,7 @@ class ResidentLoader(Loader):
             for where, *of_step in by_step:
                 images = self.images[where]
                 crops = tuple(
-                    crop_batch(images, box, crop.size).flatten(0, 1)
+                    self.crop_batch(images, box, crop.size).flatten(0, 1)
                     for crop, box in zip(self.crops, of_step, strict=True)
                 )
                 yield Batch(crops, self.labels[where], self.index[where])

@@ -30,7 +30,7 @@ import torch
 
 from fastproj.core.native import library
 from fastproj.loaders.base import Batch, Loader, to_device
-from fastproj.loaders.crop import batch_like, crop_batch
+from fastproj.loaders.crop import batch_like
 from fastproj.loaders.fill import Fill, read_at_random
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ class StreamLoader(Loader):
             if pending.images is not None:
                 images = pending.images.to(self.device, non_blocking=True).movedim(-1, 1)
                 pending.crops = [
-                    crop_batch(images, to_device(boxes, self.device), crop.size)
+                    self.crop_batch(images, to_device(boxes, self.device), crop.size)
                     for crop, boxes in zip(self.crops, pending.boxes, strict=True)
                 ]
             elif self._beside is not None:

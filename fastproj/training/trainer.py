@@ -43,7 +43,8 @@ class Trainer:
         diagnostics_every: epochs between diagnostics, which cost each step of their epoch; 0:
             never.
         precision: autocast's dtype; None: chosen for the device.
-        compile: compile learner and augmentations in place, so state dict keys do not change.
+        compile: compile learner and augmentations in place, so state dict keys do not change,
+            and the crops where a GPU makes them.
         graphs: also record CUDA graphs (one GPU).
         seed: of views, dropout and noise; each step and rank derives its own.
 
@@ -138,6 +139,7 @@ class Trainer:
         self.learner.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
         for augmentation in self.augmentations:
             augmentation.compile()  # for a GPU: a CPU has native code
+        self.loader.compile()
 
     @property
     def total_steps(self) -> int:

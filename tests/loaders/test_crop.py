@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproj.loaders.crop import crop_batch, resize_matrices
+from fastproj.loaders.crop import compiled_crop_batch, crop_batch, resize_matrices
 from tests.support.betons import photograph
 
 ROOT = Path(__file__).parents[2]
@@ -115,9 +115,18 @@ def test_older_processors_cut_the_same_pixels(instructions: str, threads: int) -
     assert done.stdout.strip() == digest()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled_crops_have_the_same_pixels(dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        crops = compiled_crop_batch()(images(kind), boxes(), SIZES[0], dtype)
+        assert torch.equal(crops, crop_batch(images(kind), boxes(), SIZES[0])), kind
+
+
 @pytest.mark.gpu
 def test_a_gpu_cuts_the_pixels_of_a_cpu() -> None:
-    for kind in KINDS:
-        for size in SIZES:
-            crops = crop_batch(images(kind).cuda(), boxes().cuda(), size)
-            assert torch.equal(crops.cpu(), crop_batch(images(kind), boxes(), size)), (kind, size)
+    for cut in (crop_batch, compiled_crop_batch()):
+        for kind in KINDS:
+            for size in SIZES:
+                crops = cut(images(kind).cuda(), boxes().cuda(), size).cpu()
+                assert torch.equal(crops, crop_batch(images(kind), boxes(), size)), (kind, size)

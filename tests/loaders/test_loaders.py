@@ -34,6 +34,7 @@ from fastproj.loaders import (
     Batch,
     Center,
     Crop,
+    base,
     choose,
     open_loader,
     reference,
@@ -251,21 +252,6 @@ def test_device_crops_in_half_precision_stay_within_the_contract() -> None:
         wanted = tv.resized_crop(images[slot], *box, size=[64, 64], antialias=True)
         difference = (half[0, slot].int() - wanted.int()).abs().float()
         assert difference.mean() < 0.5 and difference.max() <= 2
-
-
-def test_photographs_cropped_in_a_padded_batch_are_the_same(photos: dict[str, Beton]) -> None:
-    """The way of a GPU (threads decode, the device crops), taken on a CPU."""
-    beton = photos["jpeg"]
-    wanted = epoch(beton, "stream", 1)
-    with open_loader(beton, GROUPS, 8, engine="stream", workers=2) as loader:
-        assert isinstance(loader, StreamLoader)
-        loader._crop_batched = True
-        loader.seek(1, 0)
-        for ours, theirs in zip(loader, wanted, strict=True):
-            assert torch.equal(ours.index, theirs.index)
-            for a, b in zip(ours.crops, theirs.crops, strict=True):
-                assert a.is_contiguous(memory_format=torch.channels_last)
-                assert (a.int() - b.int()).abs().max() <= 1
 
 
 @pytest.mark.gpu
@@ -515,7 +501,7 @@ def test_many_threads_crop_for_a_gpu_too_and_few_leave_it_the_crops(
     monkeypatch.setattr(stream, "CROPPING_THREADS", 2)
     monkeypatch.setattr(choose, "cores", lambda: 2)
     wanted = epoch(photos["jpeg"], "reference")
-    with mock.patch.object(stream, "crop_batch", wraps=stream.crop_batch) as on_device:
+    with mock.patch.object(base, "crop_batch", wraps=crop_batch) as on_device:
         by_threads = epoch(photos["jpeg"], "stream", workers=2)
         assert on_device.call_count == 0
         by_gpu = epoch(photos["jpeg"], "stream", workers=1)
@@ -541,7 +527,7 @@ def test_threads_crop_the_batches_that_are_too_large_for_a_gpu_and_the_loader_sa
     monkeypatch.setattr(stream, "PADDED_BYTES", bound)
     made: list[int] = []
     with mock.patch.object(
-        stream, "crop_batch", side_effect=lambda images, *rest: (
+        base, "crop_batch", side_effect=lambda images, *rest: (
             made.append(images.numel()), crop_batch(images, *rest))[1],
     ):  # fmt: skip
         here = epoch(beton, "stream", workers=1)

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config as inductor
 from torch._inductor.compile_fx import (
     _recursive_post_grad_passes,
     _recursive_record_original_output_strides,
@@ -79,10 +80,16 @@ def an_h100() -> Iterator[None]:
         yield
 
 
-def count(function: Callable[..., Any], *inputs: Any, backward: bool = False) -> Counted:
+def count(
+    function: Callable[..., Any],
+    *inputs: Any,
+    backward: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Counted:
     """Compile ``function`` of ``inputs``, tensors without data on a CPU, as if for an H100.
 
-    ``backward``: the result is a scalar, and its backward pass is compiled as well.
+    ``backward``: the result is a scalar, and its backward pass is compiled as well. ``options``:
+    Inductor's, as ``torch.compile`` takes them.
     """
     found: list[tuple[int, str]] = []
 
@@ -95,9 +102,10 @@ def count(function: Callable[..., Any], *inputs: Any, backward: bool = False) ->
         return compile_fx(graph, example, inner_compile=lower)
 
     torch.compiler.reset()
-    result = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*inputs)
-    if backward:
-        result.backward()
+    with inductor.patch(options or {}):
+        result = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*inputs)
+        if backward:
+            result.backward()
     torch.compiler.reset()
     code = "\n".join(text for _, text in found)
     return Counted(

@@ -92,9 +92,12 @@ def crops(sets: Sets) -> Iterator[Check]:
         )
         with closing(open_loader(beton, **given, engine="stream")) as loader:
             wanted = next(iter(loader))
-        for name in ("stream", "stream, one thread", "resident", "dali"):
+        for name in (
+            *("stream", "stream, one thread", "stream, one thread, compiled"),
+            *("resident", "resident, compiled", "dali"),
+        ):
             engine = name.partition(",")[0]  # one thread leaves the crops to a GPU
-            workers = 1 if name != engine else sets.workers
+            workers = 1 if "one thread" in name else sets.workers
             if engine == "resident" and not is_uniform(beton):
                 continue
             try:
@@ -104,6 +107,8 @@ def crops(sets: Sets) -> Iterator[Check]:
             except InputError:  # DALI is not installed
                 continue
             with closing(loader):
+                if name.endswith("compiled"):
+                    loader.compile()
                 batch_there = next(iter(loader))
             there = batch_there.crops[0].cpu()
             apart = (there.int() - wanted.crops[0].int()).abs()

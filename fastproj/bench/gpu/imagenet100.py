@@ -33,7 +33,7 @@ from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.regression import logistic
 from fastproj.loaders import Center, Crop, open_loader
 from fastproj.loaders.boxes import draw
-from fastproj.loaders.crop import crop_batch
+from fastproj.loaders.crop import compiled_crop_batch, crop_batch
 from fastproj.loaders.fill import Fill
 from fastproj.loaders.stream import CROPPING_THREADS
 from fastproj.training.build import build_learner
@@ -161,11 +161,13 @@ def crops(sets: Sets, batches: tuple[int, ...]) -> Iterator[Figure]:
             ).movedim(-1, 1)
             boxes = torch.tensor([height // 8, width // 8, height // 2, width // 2])
             boxes = boxes.expand(2, batch, 4).contiguous().to(sets.device)
-            call: Callable[[], object] = partial(crop_batch, images, boxes, sets.size)
-            with peak_memory(sets.device) as peak:
-                taken = seconds_of(call, sets.device, 2 if sets.tiny else 20)
-            what = f"ImageNet-100, cropping {batch} {name}"
-            yield figure(what, "ms", [1e3 * s for s in taken], peak_bytes=peak.bytes)
+            for way in ("eager", "compiled") if sets.device.type == "cuda" else ("eager",):
+                crop = compiled_crop_batch() if way == "compiled" else crop_batch
+                call: Callable[[], object] = partial(crop, images, boxes, sets.size)
+                with peak_memory(sets.device) as peak:
+                    taken = seconds_of(call, sets.device, 2 if sets.tiny else 20)
+                what = f"ImageNet-100, cropping {batch} {name}, {way}"
+                yield figure(what, "ms", [1e3 * s for s in taken], peak_bytes=peak.bytes)
 
 
 def sparse(sets: Sets) -> Iterator[Figure]:
