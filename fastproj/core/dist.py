@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.rendezvous import rendezvous
 
 from fastproj.core.errors import InputError
@@ -113,28 +114,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def _sum(x: Tensor) -> Tensor:
+    """Of all ranks' ``x``: a functional collective, as torch.compile keeps these in its graph."""
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD))
+
+
 class _Gather(torch.autograd.Function):
-    # torch.distributed.nn.functional.all_gather does the same, but is deprecated.
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())
-        ]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        every = functional.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD)
+        return functional.wait_tensor(every)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         # Every rank's loss depends on this rank's rows, so their gradients are summed.
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
-
-
-@torch.compiler.disable
-def _outside_graphs(function: type[torch.autograd.Function], x: Tensor) -> Tensor:
-    """Run the collective eagerly: torch would rewrite it inside a compiled graph."""
-    return function.apply(x)
+        return _sum(grad).chunk(world_size())[rank()]
 
 
 def gather(x: Tensor) -> Tensor:
@@ -143,21 +137,17 @@ def gather(x: Tensor) -> Tensor:
     Differentiable: the gradient of ``x`` is the *sum* of all ranks' gradients for these rows. All
     ranks must give the same shape and dtype. A single process returns ``x`` itself.
     """
-    return _outside_graphs(_Gather, x) if world_size() > 1 else x
+    return _Gather.apply(x) if world_size() > 1 else x
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum(grad)
 
 
 def total(x: Tensor) -> Tensor:
@@ -166,7 +156,7 @@ def total(x: Tensor) -> Tensor:
     Differentiable: the gradient of ``x`` is the *sum* of all ranks' gradients of the total. All
     ranks must give the same shape. A single process returns ``x`` itself.
     """
-    return _outside_graphs(_Total, x) if world_size() > 1 else x
+    return _Total.apply(x) if world_size() > 1 else x
 
 
 def mean(x: Tensor) -> Tensor:
