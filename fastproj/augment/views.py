@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastproj.augment.chain import pixels, plan, spread
+from fastproj.augment.chain import pixels, pixels_options, plan, spread
 from fastproj.augment.draw import Params, View
 from fastproj.augment.native import augment
 from fastproj.core.errors import InputError
@@ -77,7 +77,7 @@ class Augmentation(nn.Module):
         """
         options = {"dynamic": False, "fullgraph": True, **options}
         self._plan = torch.compile(plan, *args, **options)
-        self._pixels = torch.compile(pixels, *args, **options)
+        self._pixels = torch.compile(pixels, *args, **{"options": pixels_options(), **options})
 
     def sample(self, n: int, generator: torch.Generator) -> Params:
         """Draw the parameters of ``n`` samples per view, on the device of ``generator``."""
