@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._guards import tracing
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import (
     _recursive_post_grad_passes,
@@ -132,7 +133,8 @@ def _lowered(graph: GraphModule, example: list[Any]) -> tuple[int, str]:
     there.recompile()
     inputs = [moved(x) for x in example]
     FakeTensorProp(there, mode).propagate_dont_convert_inputs(*inputs)
-    with an_h100(), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+    # Inductor's rewriting would find the mode of the traced tensors in the tracing context.
+    with tracing(None), an_h100(), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         _recursive_record_original_output_strides(there)
         _recursive_post_grad_passes(there, is_inference=False)
         lowering = GraphLowering(there, example_inputs=inputs)
