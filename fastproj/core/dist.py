@@ -114,14 +114,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+# Functional collectives: torch.compile keeps these in its graph.
 def _sum(x: Tensor) -> Tensor:
-    """Of all ranks' ``x``: a functional collective, as torch.compile keeps these in its graph."""
+    assert dist.group.WORLD is not None
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        assert dist.group.WORLD is not None
         every = functional.all_gather_tensor(x.contiguous(), 0, dist.group.WORLD)
         return functional.wait_tensor(every)
 
