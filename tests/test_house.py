@@ -21,7 +21,8 @@ ROOMS = [
 # The commands, and what turns their settings into the parts of a run: all that sees settings.
 COMMANDS = {"train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"}
 SEE_SETTINGS = {
-    *{"fastproj.prepare.command", "fastproj.runs.command", "fastproj.training.build"},
+    *{"fastproj.prepare.command", "fastproj.runs.command", "fastproj.runs.start"},
+    "fastproj.training.build",
 }
 
 SOURCES = sorted((ROOT / "fastproj").rglob("*.py"))

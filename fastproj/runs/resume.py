@@ -1,0 +1,130 @@
+"""Starting a run and going on with it: its folder, its newest checkpoint, its lock.
+
+For every command that trains: settings come as ``section.name`` -> value, data as their digest.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastproj.core import dist
+from fastproj.core.errors import InputError
+from fastproj.core.files import write_text
+from fastproj.runs import checkpoint
+from fastproj.runs.environment import write_environment
+from fastproj.runs.folder import RunFolder
+from fastproj.runs.journal import Journal
+from fastproj.runs.journal import read as read_journal
+from fastproj.runs.sinks import Sinks
+
+AUTO = "auto"  # of run.resume: start where there is nothing, go on where there is something
+# A run may be resumed on another machine, with other logging; nothing else may change under it.
+FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
+
+
+def folder(directory: str, name: str, resume: str | None) -> RunFolder:
+    """The folder of a new run, or of the one that ``resume`` names."""
+    return RunFolder(Path(directory) / name if resume in (None, AUTO) else Path(resume))
+
+
+def finished(run: RunFolder) -> bool:
+    """Whether the run's journal has its end."""
+    return run.metrics.exists() and any(e["event"] == "end" for e in read_journal(run.metrics))
+
+
+def nothing_to_do(run: RunFolder, resume: str | None) -> bool:
+    """Whether ``resume`` is auto and the run is finished; says so."""
+    if resume != AUTO or not finished(run):
+        return False
+    if dist.is_main():
+        print(f"{run.path} holds a finished run: nothing to do", file=sys.stderr)
+    return True
+
+
+def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
+    """The checkpoint to resume from; InputError where the folder and ``resume`` do not agree."""
+    found = checkpoint.latest(run.checkpoints)
+    done = finished(run)
+    if found and resume is None and not done:
+        with _fitting(found):  # a kill may have come between the last checkpoint and "end"
+            state = checkpoint.load(found)
+            done = state["cursor"][0] >= state["settings"]["optim.epochs"]
+    if done:
+        raise InputError(f"{run.path} holds a finished run: give another --run.name, or remove it")
+    if resume not in (None, AUTO) and found is None:
+        raise InputError(
+            f"{run.path} holds no checkpoint to resume from: start without --run.resume"
+        )
+    if found and resume is None:
+        raise InputError(
+            f"{run.path} holds an unfinished run: go on with --run.resume {run.path}, or give "
+            "another --run.name"
+        )
+    return found
+
+
+def restore(
+    path: Path,
+    settings: Mapping[str, Any],
+    content: str,
+    data: Path,
+    load: Callable[[dict[str, Any]], None],
+) -> None:
+    """Give ``load`` the state in the checkpoint ``path``, after comparing settings and data.
+
+    ``content``: the digest of the data in the file ``data``. Raises ``InputError`` where the
+    checkpoint is of another run or of other data, and where ``load`` fails.
+    """
+    with _fitting(path):
+        state = checkpoint.load(path)
+        _require_same(state["settings"], settings, path)
+        if state["data"] != content:
+            raise InputError(f"{path} was trained on other data than {data}: resume on that data")
+        load(state)
+
+
+def open_journal(
+    run: RunFolder, found: Path | None, config: str, total: int, step: int, sinks: Sinks
+) -> Journal:
+    """The run's journal, locked against other trainers; rank 0 starts the folder of a new run.
+
+    ``found``: what ``find_checkpoint`` returned. ``config``: the text of ``config.yaml``. The run
+    has ``total`` steps and goes on after ``step``.
+    """
+    main = dist.is_main()
+    journal = Journal(run.metrics, main, total, step, sinks)
+    if main:
+        if checkpoint.latest(run.checkpoints) != found:
+            journal.close()
+            raise InputError(f"another process has trained in {run.path} just now: start again")
+        if not found:
+            write_text(run.config, config)
+            write_environment(run.environment)
+    return journal
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Turn whatever reading a foreign or altered checkpoint raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # missing keys, other types, other shapes: a dozen exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}): delete it, "
+            "or start another run with --run.name"
+        ) from error
+
+
+def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    for name in dict.fromkeys([*now, *before]):
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
+            made, here = (f"{x[name]}" if name in x else "not read" for x in (before, now))
+            raise InputError(
+                f"{path} was made with {name} = {made}, now it is {here}: resume "
+                "without this setting, or start another run with --run.name"
+            )
