@@ -167,6 +167,7 @@ def _open_ffcv(ours: FfcvLoader) -> tuple[Any, Callable[[int, np.ndarray, int], 
     names = [name for _, name in read_fields(beton.path, beton.data)]
     reading = Reading(
         str(beton.path),
+        indices=np.arange(len(beton)),  # of a subset that repeats images, more than the file has
         batch_size=ours.order.batch_size,
         num_workers=ours.workers,
         os_cache=True,

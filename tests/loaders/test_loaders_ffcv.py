@@ -14,6 +14,7 @@ import torch
 
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton, open_beton
+from fastproj.data.subset import subset
 from fastproj.loaders import Batch, Center, Crop, open_loader
 from fastproj.prepare.encode import Store
 from tests.support.betons import digit_like, photographs, write
@@ -54,6 +55,18 @@ def test_two_epochs_and_a_resumed_one_are_those_of_stream(
             batches.append(read + list(loader))
             assert torch.get_num_threads() == threads
     assert len(batches[0]) > 12
+    assert_same(*batches)
+
+
+@pytest.mark.parametrize("rows", [range(100), range(9)], ids=["more", "fewer"])
+def test_a_subset_has_as_many_batches_as_with_stream(betons: dict[str, Beton], rows: range) -> None:
+    pytest.importorskip("ffcv", reason="no FFCV: ./setup.sh ffcv")
+    some = subset(betons["raw"], np.array(rows) % len(betons["raw"]))
+    batches = []
+    for engine in ("ffcv", "stream"):
+        with open_loader(some, GROUPS, 8, engine=engine, workers=1, drop_last=False) as loader:
+            batches.append(list(loader))
+    assert sum(len(batch.index) for batch in batches[0]) == len(rows)
     assert_same(*batches)
 
 
