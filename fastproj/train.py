@@ -24,8 +24,10 @@ from fastproj.augment.sheet import contact_sheet
 from fastproj.core import dist
 from fastproj.core.device import choose_device, prepare_device
 from fastproj.core.errors import InputError
+from fastproj.core.files import sha256
 from fastproj.core.interruption import Interruption
 from fastproj.data.beton import Beton, open_beton
+from fastproj.evaluation.load import load_weights
 from fastproj.evaluation.online import OnlineAccuracy
 from fastproj.evaluation.sets import open_sets
 from fastproj.loaders import Batch
@@ -66,6 +68,8 @@ def train(settings: Settings) -> Path:
             if found:
                 beton, load = trainer.loader.beton, trainer.load_state_dict
                 resume.restore(found, settings.flat(), beton.manifest.content, beton.path, load)
+            elif settings.train.init_from:
+                _initialize(trainer, Path(settings.train.init_from))
             journal = _open_journal(run, found, trainer, settings)
         with (
             trainer.loader,
@@ -80,6 +84,16 @@ def train(settings: Settings) -> Path:
     if interruption.signal:
         raise SystemExit(128 + interruption.signal)
     return run.path
+
+
+def _initialize(trainer: Trainer, path: Path) -> None:
+    """Give the encoder, and a momentum encoder, the weights in ``path``; say which were found."""
+    learner = trainer.learner
+    found = load_weights(learner.encoder, path)
+    if learner.teacher is not None:
+        learner.teacher[0].load_state_dict(learner.encoder.state_dict())
+    if dist.is_main():
+        print(f"encoder from {found}; all but the encoder starts anew", file=sys.stderr)
 
 
 def _open_journal(
@@ -206,7 +220,11 @@ def _sheet(trainer: Trainer, batch: Batch) -> Tensor:
 
 
 def _facts(settings: Settings) -> dict[str, str]:
-    return {"the content of data.train": open_beton(settings.data.train).manifest.content}
+    facts = {"the content of data.train": open_beton(settings.data.train).manifest.content}
+    start = settings.train.init_from
+    if start and Path(start).is_file():  # a resumed run does not need it, and a new one refuses
+        facts["the content of train.init_from"] = sha256(Path(start))
+    return facts
 
 
 def main(argv: Sequence[str]) -> None:

@@ -106,10 +106,26 @@ def load_encoder(
 def _with_weights(
     built: Architecture, again: Callable[[], Architecture], path: Path, state: Mapping[str, Any]
 ) -> LoadedEncoder:
-    wanted = built.module.state_dict()
-    group = find_weights(path, state, wanted)
-    built.module.load_state_dict(as_state(group, wanted))
-    return _loaded(built, again, f"{path}: {describe(group, wanted)}")
+    return _loaded(built, again, _fill(built.module, path, state))
+
+
+def load_weights(encoder: nn.Module, path: Path) -> str:
+    """Give ``encoder`` the weights in any file that ``load_encoder`` reads, and nothing else of it.
+
+    Returns one line: how many were found, where, and what in the file was not used. Raises
+    ``InputError`` for a file that is missing, damaged or of another architecture.
+    """
+    state = load_pretrained(path).weights if is_export(path) else read_weights(path)
+    return _fill(encoder, path, state, "model.encoder")
+
+
+def _fill(
+    module: nn.Module, path: Path, state: Mapping[str, Any], setting: str = "eval.encoder"
+) -> str:
+    wanted = module.state_dict()
+    group = find_weights(path, state, wanted, setting)
+    module.load_state_dict(as_state(group, wanted))
+    return f"{path}: {describe(group, wanted)}"
 
 
 def _loaded(built: Architecture, again: Callable[[], Architecture], weights: str) -> LoadedEncoder:

@@ -98,11 +98,14 @@ def read_weights(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_weights(path: Path, state: Mapping[str, Any], wanted: State) -> Group:
+def find_weights(
+    path: Path, state: Mapping[str, Any], wanted: State, setting: str = "eval.encoder"
+) -> Group:
     """The tensors in ``state``, of the file ``path``, that have the names and shapes ``wanted``.
 
     Batch norm's ``num_batches_tracked`` may be missing: evaluating does not need it. Raises
-    ``InputError`` where others are missing, have another shape, or are too many.
+    ``InputError`` where others are missing, have another shape, or are too many; it names
+    ``setting``, which gives the architecture.
     """
     anchor = next(iter(wanted))
     best = max(groups(state, anchor), key=lambda group: _score(group, wanted), default=None)
@@ -122,7 +125,7 @@ def find_weights(path: Path, state: Mapping[str, Any], wanted: State) -> Group:
         raise InputError(
             f"{path}: only {_score(best, wanted)[0]} of {len(wanted)} weights match ({best}) and "
             f"{len(more)} are too many: {name} {why}: give the architecture that it was saved from "
-            "as --eval.encoder"
+            f"as --{setting}"
         )
     return best
 

@@ -23,6 +23,8 @@ AUTO = "auto"  # of run.resume: start where there is nothing, go on where there 
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
 FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
 
+COMPARED = ("train.init_from",)  # all the same
+
 
 def folder(directory: str, name: str, resume: str | None) -> RunFolder:
     """The folder of a new run, or of the one that ``resume`` names."""
@@ -122,7 +124,8 @@ def _fitting(path: Path) -> Iterator[None]:
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     for name in dict.fromkeys([*now, *before]):
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE):
+        free = name.startswith(FREE_TO_CHANGE) and name not in COMPARED
+        if before.get(name) != now.get(name) and not free:
             made, here = (f"{x[name]}" if name in x else "not read" for x in (before, now))
             raise InputError(
                 f"{path} was made with {name} = {made}, now it is {here}: resume "

@@ -300,6 +300,10 @@ class Train:
     )
     checkpoint_every: int = setting(_count, "epochs between checkpoints", 1)
     keep: int = setting(_count, "newest checkpoints kept", 2)
+    init_from: str | None = setting(
+        OrNull(File()),
+        "checkpoint, export or other library's file whose encoder a new run starts from",
+    )
     stop_after: int | None = setting(
         OrNull(_count), "leave after this many steps, as if interrupted"
     )
