@@ -1,0 +1,1 @@
+"""Faults made on purpose, with real processes, signals and disks: ``python -m tests.faults``."""
