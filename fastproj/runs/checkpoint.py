@@ -186,6 +186,8 @@ def read(path: Path) -> Any:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             reason = f"it holds {code[1]}, which is more than tensors, numbers and text"
+        elif "weights_only" in str(error):  # torch's advice is to load it without that check
+            reason = "not what torch.save writes"
         raise DamagedError(reason) from error
 
 
