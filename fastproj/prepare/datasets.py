@@ -71,7 +71,7 @@ def _in_memory(name: str, kind: Any, root: Path, split: str, download: bool) -> 
 def torchvision_dataset(name: str, root: Path, split: str, download: bool) -> list[Source]:
     """``torchvision.datasets.NAME``: its ``train`` and its ``val``, ``valid`` or ``test`` split.
 
-    A set without splits is ``all``.
+    Where there is no ``train``, ``trainval`` is it. A set without splits is ``all``.
     """
     from torchvision import datasets
 
@@ -85,7 +85,8 @@ def torchvision_dataset(name: str, root: Path, split: str, download: bool) -> li
     if "train" in named:
         parts = {"train": [{"train": True}], "val": [{"train": False}]}
     elif "split" in named:
-        parts = {ours: [{"split": part} for part in names] for ours, names in SPLITS.items()}
+        theirs = {**SPLITS, "train": (*SPLITS["train"], "trainval")}
+        parts = {ours: [{"split": part} for part in names] for ours, names in theirs.items()}
     else:
         parts = {"all": [{}]}
     sources = []

@@ -240,6 +240,21 @@ def dict_of_none() -> dict[str, None]:
     return {"train": None}
 
 
+def test_a_set_that_torchvision_splits_into_trainval_and_test(tmp_path: Path) -> None:
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for part, count in (("trainval", 4), ("test", 6)):
+        names = [f"{('cat', 'dog')[i % 2]}_{part}{i}" for i in range(count)]
+        for name in names:
+            Image.new("RGB", (9, 7)).save(folder / "images" / f"{name}.jpg")
+        lines = [f"{name} {i % 2 + 1} {i % 2 + 1} 1" for i, name in enumerate(names)]
+        (folder / "annotations" / f"{part}.txt").write_text("\n".join(lines))
+    train, val = open_sources("torchvision:OxfordIIITPet", tmp_path)
+    assert (train.split, val.split, len(train.labels), len(val.labels)) == ("train", "val", 4, 6)
+    assert train.classes == ("Cat", "Dog") and train.labels.tolist() == [0, 1, 0, 1]
+
+
 def test_a_set_of_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its real reader, on small files of the same form; MNIST says ``train``, EuroSAT nothing."""
     from torchvision import datasets
