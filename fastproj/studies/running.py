@@ -45,20 +45,22 @@ def state(run: RunFolder) -> State:
     """How far a run has come. Raises ``InputError`` where its journal or its scores are damaged.
 
     ``absent`` is also a run without a checkpoint, which a kill left before its first step.
-    ``trained``: it has ended, and was not evaluated since.
+    ``trained``: it has ended, and was not evaluated since. ``whole`` needs no checkpoint any more:
+    scores that belong to the last step are kept when the weights are thrown away.
     """
+    ends = journal.read(run.metrics) if run.metrics.exists() else []
+    ends = [event["step"] for event in ends if event["event"] == "end"]
+    scored = ends and run.evaluation.exists()
+    if scored and read_evaluation(run).checkpoint["step"] == ends[-1]:
+        return "whole"
     if checkpoint.latest(run.checkpoints) is None:
         if run.evaluation.exists():
-            raise InputError(f"{run.path} has scores and no checkpoint: remove the folder")
+            raise InputError(
+                f"{run.path} has scores of another step than its last and no checkpoint: remove "
+                "the folder"
+            )
         return "absent"
-    if not run.metrics.exists():
-        return "cut"
-    ends = [event for event in journal.read(run.metrics) if event["event"] == "end"]
-    if not ends:
-        return "cut"
-    if not run.evaluation.exists() or read_evaluation(run).checkpoint["step"] != ends[-1]["step"]:
-        return "trained"
-    return "whole"
+    return "trained" if ends else "cut"
 
 
 def command(job: Job, found: State) -> list[str]:

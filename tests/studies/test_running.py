@@ -42,14 +42,18 @@ def test_how_far_a_run_has_come(jobs: list[Job]) -> None:
     assert state(run) == "trained"
     fake_run(jobs[0])
     assert state(run) == "whole"
+    kept = run.metrics.read_text()
     run.metrics.write_text("x\n")
     with pytest.raises(InputError, match="is no JSON object"):
         state(run)
     run.metrics.unlink()
     assert state(run) == "cut"
+    run.metrics.write_text(kept)
     for path in run.checkpoints.iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="has scores and no checkpoint"):
+    assert state(run) == "whole"  # the weights were thrown away
+    run.metrics.unlink()
+    with pytest.raises(InputError, match="another step than its last and no checkpoint"):
         state(run)
 
 
