@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastproj.core.errors import InputError
+from fastproj.core.linear import linear
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes.common import ProbeResult, check, ranks
 
-SIMILARITIES = 2**24  # entries of the similarity matrix held at once (64 MiB of float32)
+SIMILARITIES = 2**22  # entries of the similarity matrix held at once (16 MiB of float32),
+QUERIES = 64  # or those of as many queries: fewer would read all of train for little work
 
 
 def knn(
@@ -27,7 +29,8 @@ def knn(
     Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
     section 3.4. Equally near neighbors are taken in the order of ``train``, equal votes go to the
     lower class, and a class without a vote is never a hit. ``num_classes`` None: the highest label
-    of ``train`` and 1. Memory is bounded by ``SIMILARITIES``.
+    of ``train`` and 1. Memory is bounded by ``SIMILARITIES`` and
+    ``QUERIES``.
 
     Several ``k`` and ``temperature`` are scored in one pass over the similarities. Nothing is
     chosen among them: ``top1``, ``top5`` and the predictions are those of the first ``k`` with the
@@ -51,11 +54,10 @@ def knn(
     pairs = [(count, heat) for heat in temperatures for count in counts]
     hits = torch.zeros(len(pairs), 2, dtype=torch.int64, device=bank.device)
     predictions = []
-    chunk = max(1, SIMILARITIES // len(bank))
-    space = bank.new_empty(min(chunk, len(val)), len(bank))  # one for all: its pages cost time
+    chunk = max(QUERIES, SIMILARITIES // len(bank))
     for queries, labels in zip(val.features.split(chunk), val.labels.split(chunk), strict=True):
         unit = functional.normalize(queries, dim=1)
-        similarity = torch.mm(unit, bank.T, out=space[: len(unit)])
+        similarity = linear(unit, bank)
         near, rows = _nearest(similarity, max(counts))
         voters = functional.one_hot(train.labels[rows], num_classes).float()
         for at, (count, heat) in enumerate(pairs):

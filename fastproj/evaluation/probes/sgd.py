@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastproj.core.linear import linear
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes.common import (
     SELECTION,
@@ -123,9 +124,9 @@ def fit(
         chosen = order[at * batch_size : (at + 1) * batch_size]
         inputs = x[chosen]
         # The gradient of the mean cross-entropy in closed form: (softmax - target)' x / B.
-        logits = (inputs @ heads.flatten(0, 1).T).view(batch_size, len(grid), classes)
+        logits = linear(inputs, heads.flatten(0, 1)).view(batch_size, len(grid), classes)
         error = logits.softmax(-1).sub_(target[chosen].unsqueeze(1)).div_(batch_size)
-        gradient = (error.flatten(1).T @ inputs).view_as(heads).addcmul_(decay, heads)
+        gradient = linear(error.flatten(1).T, inputs.T).view_as(heads).addcmul_(decay, heads)
         velocity.mul_(MOMENTUM).add_(gradient)
         cosine = (1 + math.cos(math.pi * step / (epochs * per_epoch))) / 2
         heads.addcmul_(rate, velocity, value=-cosine)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastproj.core.errors import InputError
+from fastproj.core.linear import linear
 
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
@@ -63,7 +64,8 @@ def solve(
     strengths = strengths.to(x.device, torch.float64)
     if not (strengths > 0).all():
         raise InputError("strengths must be above 0: without a penalty there may be no optimum")
-    rows, width = x, x.shape[1]
+    rows = x = x.contiguous()
+    width = x.shape[1]
     basis = _span(x)  # the penalty keeps W in the span of the rows: no more unknowns than its rank
     if basis is not None:
         x = x.double() @ basis
@@ -75,7 +77,7 @@ def solve(
     heads = start.repeat(len(strengths), 1, 1)
     objective, bound = torch.zeros_like(strengths), torch.full_like(strengths, torch.inf)
     iterations = torch.zeros(len(strengths), dtype=torch.int64, device=x.device)
-    for kind, aim in ((torch.float32, 0.5), (torch.float64, 0.5), (torch.float64, 0.05)):
+    for kind, aim in ((torch.float32, 0.25), (torch.float64, 0.5), (torch.float64, 0.05)):
         left = (bound > tolerance).nonzero().squeeze(1)
         if not len(left):
             break
@@ -305,7 +307,8 @@ def _logits(x: Tensor, heads: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         rows = x[part].to(heads.dtype)
-        yield part, rows, torch.addmm(intercept, weight, rows.T).view(count, classes, -1)
+        logits = linear(weight, rows).add_(intercept)
+        yield part, rows, logits.view(count, classes, -1)
 
 
 def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +326,7 @@ def _evaluate(x: Tensor, y: Tensor, heads: Tensor, l2: Tensor) -> tuple[Tensor, 
         target = y[part].expand(count, 1, -1)
         loss -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
         error = log_p.exp_().scatter_add_(1, target, minus.expand_as(target)).flatten(0, 1)
-        gradient[:, :-1] += error @ rows
+        gradient[:, :-1] += linear(error, rows.T)
         gradient[:, -1] += error.sum(1, dtype=torch.float64)
     gradient = (gradient / n).view(count, classes, -1)
     slopes = gradient[..., :-1]
