@@ -98,7 +98,8 @@ def _write(settings: PrepareSettings, command: str) -> int:
             "data.fields image,label leaves no place for the original size that data.store square "
             "keeps: leave one of them out"
         )
-    with SplitWriter(store, data.workers or cores(), data.on_error == "skip", index) as writer:
+    skip, workers = data.on_error == "skip", data.workers or cores()
+    with SplitWriter(store, workers, skip, index, data.max_pixels) as writer:
         for source in sources:
             start = time.perf_counter()
             manifest = writer.write(source, out, data.dataset, command)

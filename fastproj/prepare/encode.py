@@ -51,6 +51,7 @@ class Unreadable(NamedTuple):
 
 Item = str | bytes | np.ndarray
 """An image: a file's path, a file's content, or uint8 pixels (H, W, 3), (H, W, 1) or (H, W)."""
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 512 MiB as RGB
 GRAY = ("1", "L", "LA", "La", "F")  # PIL's modes with one channel of color, besides the wide "I…"
 
 
@@ -60,13 +61,13 @@ def _content(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def upright_rgb(item: Item) -> Image.Image:
+def upright_rgb(item: Item, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """``item`` as an 8-bit RGB image, rotated as its EXIF says.
 
     ``info["gray"]`` of the result says whether it was gray. PIL converts gray, palette and CMYK
     images; alpha is dropped, as torchvision's loaders do; 16-bit gray is scaled to 8 bits. Raises
     whatever PIL raises for a broken file, and ``ValueError`` for damage of which libjpeg only
-    warns, and for pixels of other channels.
+    warns, for pixels of other channels, and, before decoding, for more than ``max_pixels``.
     """
     if isinstance(item, np.ndarray):
         if item.ndim == 3 and item.shape[2] == 1:
@@ -77,7 +78,12 @@ def upright_rgb(item: Item) -> Image.Image:
         image.info["gray"] = item.ndim == 2
         return image
     stored = item if isinstance(item, bytes) else _content(item)
+    Image.MAX_IMAGE_PIXELS = None  # ours is the limit
     with Image.open(io.BytesIO(stored)) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(
+                f"{image.width}x{image.height} pixels, and data.max_pixels is {max_pixels:,}"
+            )
         image.load()
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # libjpeg makes RGB
             damage = jpeg_damage(stored, *image.size)
@@ -141,13 +147,15 @@ class Chunk(NamedTuple):
     gray: int
 
 
-def encode_chunk(items: Sequence[Item], labels: Sequence[int], store: Store) -> Chunk:
+def encode_chunk(
+    items: Sequence[Item], labels: Sequence[int], store: Store, max_pixels: int = MAX_PIXELS
+) -> Chunk:
     """Encode a chunk of samples."""
     results: list[Stored | Unreadable] = []
     total, gray = np.zeros((3, 256), np.int64), 0
     for item, label in zip(items, labels, strict=True):
         try:
-            image = upright_rgb(item)
+            image = upright_rgb(item, max_pixels)
             stored, histogram = encode(image, label, store)
         except Exception as error:  # PIL raises nearly anything on a broken file
             results.append(Unreadable(str(error) or type(error).__name__))

@@ -21,7 +21,7 @@ from fastproj.data.manifest import (
     pack_names,
     write_manifest,
 )
-from fastproj.prepare.encode import Chunk, Store, Stored, encode_chunk
+from fastproj.prepare.encode import MAX_PIXELS, Chunk, Store, Stored, encode_chunk
 from fastproj.prepare.sources import Lazy, Source
 from fastproj.prepare.workers import Workers
 from fastproj.prepare.writer import Written, write_container
@@ -33,12 +33,21 @@ class SplitWriter:
     """Writes splits with one pool of worker processes; a context manager.
 
     ``workers`` processes (at least 1) encode as ``store`` says. With ``skip``, an unreadable image
-    is left out and the manifest lists it; otherwise ``InputError`` names it. Without ``index`` the
-    file has two fields, as FFCV's own loops expect.
+    is left out and the manifest lists it; otherwise ``InputError`` names it. A file of more than
+    ``max_pixels`` counts as unreadable. Without ``index`` the file has two fields, as FFCV's own
+    loops expect.
     """
 
-    def __init__(self, store: Store, workers: int, skip: bool, index: bool = True):
+    def __init__(
+        self,
+        store: Store,
+        workers: int,
+        skip: bool,
+        index: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ):
         self.store, self.workers, self.skip, self.index = store, workers, skip, index
+        self.max_pixels = max_pixels
         self.gray = 0  # gray images among those last written, which are stored as RGB
         self.pool = Workers(workers)
 
@@ -96,9 +105,9 @@ class SplitWriter:
         waiting: deque[Future] = deque()
         for start in range(0, len(source.labels), CHUNK):
             chunk = slice(start, start + CHUNK)
-            labels = source.labels[chunk].tolist()
+            images, labels = list(source.images[chunk]), source.labels[chunk].tolist()
             waiting.append(
-                self.pool.submit(encode_chunk, list(source.images[chunk]), labels, self.store)
+                self.pool.submit(encode_chunk, images, labels, self.store, self.max_pixels)
             )
             if len(waiting) > 2 * self.workers:
                 yield waiting.popleft().result()

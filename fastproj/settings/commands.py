@@ -74,6 +74,9 @@ class Raw:
         "image,label: leave out the index, for loops over FFCV's two fields; with data.adopt: the"
         " names of image and label there",
     )
+    max_pixels: int = setting(
+        _count, "a larger image is not decoded but counts as unreadable", 178_956_970
+    )
     workers: int = setting(Int(0), "processes; 0: every core this process may use", 0)
     on_error: str = setting(
         Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"

@@ -21,6 +21,10 @@ BASE = "base"  # two keys of a file that are no settings: the recipe to read bef
 PLUGINS = "plugins"  # and what to import before anything is chosen
 ARGV = "command line"
 LONGEST = 200_000  # characters of a file, which PyYAML reads in 2 s; ours have at most 8,000
+SECRET = re.compile(  # in a URL: before the host, or in its query, as signed links have it
+    r"://[^/?#\s]*@|://.*[?&]([^=&]*(token|key|secret|password|signature|credential)|sig)=",
+    re.IGNORECASE,
+)
 DEPTH = 4  # dots in arms.NAME.settings.section.name, the longest name in a block
 
 
@@ -50,8 +54,8 @@ def load(
     ``schema.readers``) and leaves with exit code 0. ``--debug`` is ``run_command``'s.
 
     Raises ``SettingError`` for a setting that is unknown, missing, ill-typed, out of range, twice
-    in one file or read by nothing, and ``InputError`` for a file that is missing, empty, no YAML
-    mapping or its own base, and for a plugin that fails or has changed.
+    in one file, read by nothing or a URL with a password, and ``InputError`` for a file that is
+    missing, empty, no YAML mapping or its own base, and for a plugin that fails or has changed.
     """
     command = re.split(r"[ .]", prog)[-1]
     if "--help" in argv or "-h" in argv:
@@ -72,6 +76,7 @@ def load(
         for named in {"run.name", "study.name"} & schema.params.keys():
             before.insert(0, Given(named, Path(cfg).stem, "default", cfg))
         given, wanted = before + given, plugins + wanted
+    _refuse_secrets(given)
     blocks = tuple(item for item in given if schema.in_block(item.name))
     given = [item for item in given if not schema.in_block(item.name)]
     loaded = _load_plugins(wanted)
@@ -161,6 +166,17 @@ def _refuse_unknown(schema: Schema, given: Sequence[Given]) -> None:
         name = f"{dashes}{item.name}" if dashes else repr(item.name)
         right = f"{dashes}{right}" if dashes else repr(right)
         raise SettingError(f"{item.where}: unknown setting {name}; did you mean {right}?")
+
+
+def _refuse_secrets(given: Sequence[Given]) -> None:
+    """``SettingError`` for a URL with a password or token: a run folder keeps its settings."""
+    for item in given:
+        texts = item.text if isinstance(item.text, list) else [item.text or ""]
+        if any(map(SECRET.search, texts)):
+            raise SettingError(
+                f"{item.where}: {item.name} is a URL with a password or token, which would be kept "
+                "with the results: leave it out and give it by the environment or ~/.netrc"
+            )
 
 
 def _read_recipe(path: str, schema: Schema) -> tuple[list[Given], list[_Plugin]]:

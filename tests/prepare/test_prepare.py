@@ -22,9 +22,18 @@ from fastproj.data.beton import open_beton
 from fastproj.data.manifest import read_manifest
 from fastproj.data.verify import verify
 from fastproj.prepare.command import main
-from fastproj.prepare.encode import Store, Unreadable, encode, encode_chunk, resized, upright_rgb
+from fastproj.prepare.encode import (
+    MAX_PIXELS,
+    Store,
+    Unreadable,
+    encode,
+    encode_chunk,
+    resized,
+    upright_rgb,
+)
 from fastproj.prepare.folders import IMAGENET100
 from fastproj.prepare.sources import open_sources
+from fastproj.settings import PREPARE, load
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "data_prep/write_ffcv.py"]
@@ -183,7 +192,7 @@ def test_a_side_too_long_for_the_format_is_an_error():
 
 
 def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def cifar(root: Path, monkeypatch, kind, files: dict[str, dict], meta: dict) -> None:
@@ -467,6 +476,24 @@ def test_a_broken_image_stops_or_is_skipped(tmp_path):
         image.write_bytes(b"")
     done = run(*arguments, "--on_error", "skip")
     assert done.returncode == 1 and "no image could be read" in done.stderr
+
+
+def test_an_image_of_more_pixels_than_the_limit_is_named_and_not_decoded(tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "images", count=2, size=(9, 7))
+    bomb = root / "bee" / "1.png"  # a few kB that unpack to 400 MB
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    arguments = ["--dataset", "folder", "--root", root, "--out", tmp_path / "out", "--workers", 1]
+    done = run(*arguments)
+    assert done.returncode == 1 and not list((tmp_path / "out").iterdir())
+    (line,) = done.stderr.splitlines()
+    assert f"{bomb}: 20000x20000 pixels, and data.max_pixels is 178,956,970" in line
+    done = run(*arguments, "--on_error", "skip", "--data.max_pixels", 62)  # 9 · 7 is 63
+    assert done.returncode == 1 and "no image could be read" in done.stderr
+    done = run(*arguments, "--on_error", "skip", "--data.max_pixels", 63)
+    assert done.returncode == 0 and "3 images, 1 skipped" in done.stdout
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own is no second limit
+    assert upright_rgb(str(root / "ant" / "0.png")).size == (7, 9)
+    assert load(PREPARE, [], "prepare", "").data.max_pixels == MAX_PIXELS
 
 
 def test_verify_names_the_damaged_sample(tmp_path):

@@ -219,6 +219,7 @@ def records(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Any]]:
 def test_wandb_offline_keeps_scalars_and_the_views_under_one_id(options, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     offline(monkeypatch, tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", key := "5ec2e7" * 6 + "abcd")
     folder = run(options, train__log_to="wandb", train__log_every=1, train__stop_after=2)
     run(options, run__resume=folder, train__log_to="wandb", train__log_every=1)
     found: dict[int, dict[str, Any]] = {}
@@ -237,6 +238,8 @@ def test_wandb_offline_keeps_scalars_and_the_views_under_one_id(options, tmp_pat
     assert found[0]["views._type"] == "image-file"
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/views_0_*.png"))) == 1
     assert not (tmp_path / "wandb").exists()
+    kept = [path for path in folder.rglob("*") if path.is_file()]  # environment, config, journal, …
+    assert len(kept) > 6 and not any(key.encode() in path.read_bytes() for path in kept)
 
 
 def test_wandb_without_a_key_is_one_line_before_the_run_starts(options, tmp_path, monkeypatch):
