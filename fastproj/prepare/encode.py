@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastproj.core.native import jpeg_damage
 from fastproj.data.layout import JPEG, LONGEST, RAW, sample_digest
@@ -79,7 +79,11 @@ def upright_rgb(item: Item, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return image
     stored = item if isinstance(item, bytes) else _content(item)
     Image.MAX_IMAGE_PIXELS = None  # ours is the limit
-    with Image.open(io.BytesIO(stored)) as image:
+    try:
+        opened = Image.open(io.BytesIO(stored))
+    except UnidentifiedImageError:  # names the BytesIO's address, which is another one every time
+        raise ValueError("empty" if not stored else "no image of a known format") from None
+    with opened as image:
         if image.width * image.height > max_pixels:
             raise ValueError(
                 f"{image.width}x{image.height} pixels, and data.max_pixels is {max_pixels:,}"
@@ -97,7 +101,7 @@ def upright_rgb(item: Item, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if upright.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     rgb = upright.convert("RGB")
-    rgb.info["gray"] = gray
+    rgb.info = {"gray": gray}  # without the file's comment, which PIL would store again
     return rgb
 
 

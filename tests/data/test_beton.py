@@ -18,6 +18,7 @@ from PIL import Image
 from fastproj.core.errors import InputError
 from fastproj.core.files import replacing
 from fastproj.data.beton import Beton, open_beton
+from fastproj.data.foreign import TYPES
 from fastproj.data.layout import (
     DESCRIPTOR,
     HEADER,
@@ -26,6 +27,7 @@ from fastproj.data.layout import (
     JPEG,
     RAW,
     TABLE,
+    VERSION,
     row_type,
 )
 from fastproj.data.manifest import (
@@ -99,6 +101,7 @@ def test_layout_is_ffcvs():
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
         TYPE_ID_HANDLER,
         FieldDescType,
         HeaderType,
@@ -122,6 +125,13 @@ def test_layout_is_ffcvs():
         assert flat(row_type(square)) == flat(theirs)
     assert (IMAGE_MODES["jpg"], IMAGE_MODES["raw"]) == (JPEG, RAW)
     assert TYPE_ID_HANDLER[IMAGE_TYPE] is RGBImageField and TYPE_ID_HANDLER[INT_TYPE] is IntField
+    # What --adopt reads: every field type of FFCV's 1.0.2 and of its repository's head (3a12966).
+    assert CURRENT_VERSION == VERSION
+    assert {*TYPES, 255} == {*TYPE_ID_HANDLER}  # 255: a type of the user's own
+    for number, (_, kind) in TYPES.items():
+        field = TYPE_ID_HANDLER[number]
+        theirs = field.metadata_type.fget(None)  # no field type's row depends on its arguments
+        assert (flat(kind) if kind.names else kind) == (flat(theirs) if theirs.names else theirs)
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: store.kind)

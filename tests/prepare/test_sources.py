@@ -1,10 +1,8 @@
 """Every kind of source holds what the same images hold as folders."""
 
 import io
-import json
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,9 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.core.native import jpeg_damage
 from fastproj.data.beton import open_beton
 from fastproj.prepare.command import main
-from fastproj.prepare.encode import upright_rgb
+from fastproj.prepare.encode import Store, encode, upright_rgb
 from fastproj.prepare.sources import Source, open_sources
+from tests.support.sources import MAKERS, as_parquet, as_tar, as_webdataset, as_zip, files
 
 CLASSES = ("ant", "bee", "cow")
 COUNTS = {"train": 4, "val": 2}
@@ -53,80 +52,6 @@ def content(source: Source) -> list[tuple[bytes, str]]:
     pixels = [upright_rgb(image).tobytes() for image in source.images]
     names = [source.classes[label] if label >= 0 else "" for label in source.labels]
     return sorted(zip(pixels, names, strict=True))
-
-
-def files(root: Path) -> list[Path]:
-    return sorted(root.rglob("*.jpg"))
-
-
-def as_tar(root: Path, out: Path, prefix: str = "") -> Path:
-    with tarfile.open(out / "set.tar", "w") as tar:
-        for path in files(root):
-            tar.add(path, f"{prefix}{path.relative_to(root)}")
-    return out / "set.tar"
-
-
-def as_zip(root: Path, out: Path) -> Path:
-    with zipfile.ZipFile(out / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in files(root):
-            archive.write(path, f"./photos/{path.relative_to(root)}".removeprefix("./"))
-    return out / "set.zip"
-
-
-def as_archives(root: Path, out: Path) -> Path:
-    for split in COUNTS:
-        as_tar(root / split, out).rename(out / f"{split}.tar")
-    return out
-
-
-def as_csv(root: Path, out: Path) -> Path:
-    for split in COUNTS:
-        lines = [f"{path},{path.parent.name}\n" for path in files(root / split)]
-        (out / f"{split}.csv").write_text("path,label\n" + "".join(lines))
-    return out
-
-
-def as_parquet(root: Path, out: Path) -> Path:
-    """As ``datasets`` writes it: a struct of bytes and path, class names in the metadata."""
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    about = {"info": {"features": {
-        "image": {"_type": "Image"}, "label": {"names": list(CLASSES), "_type": "ClassLabel"},
-    }}}  # fmt: skip
-    for split, word in (("train", "train"), ("val", "validation")):
-        rows = [{"bytes": path.read_bytes(), "path": path.name} for path in files(root / split)]
-        labels = [CLASSES.index(path.parent.name) for path in files(root / split)]
-        half = len(rows) // 2
-        for number, part in enumerate((slice(0, half), slice(half, None))):
-            table = pa.table(
-                {"image": rows[part], "label": labels[part], "width": [50] * len(labels[part])}
-            )
-            table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
-            (out / "data").mkdir(exist_ok=True)
-            name = f"{word}-{number:05}-of-00002.parquet"
-            parquet.write_table(table, out / "data" / name, row_group_size=3)
-    return out
-
-
-def as_webdataset(root: Path, out: Path, kind: str = "cls") -> Path:
-    """By webdataset's own writer."""
-    webdataset = pytest.importorskip("webdataset")
-    for split in COUNTS:
-        with webdataset.ShardWriter(str(out / f"{split}-%04d.tar"), maxcount=5, verbose=0) as sink:
-            for number, path in enumerate(files(root / split)):
-                label = CLASSES.index(path.parent.name)
-                sample = {"__key__": f"{number:06}", "jpg": path.read_bytes()}
-                sink.write(
-                    sample | ({"cls": label} if kind == "cls" else {"json": {"label": label}})
-                )
-    return out
-
-
-MAKERS = {
-    "csv": as_csv, "parquet": as_parquet, "webdataset": as_webdataset,
-    "archive": as_archives,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -409,6 +334,21 @@ def test_what_libjpeg_only_warns_of_is_damage(tmp_path: Path) -> None:
         main(argv)
     assert main([*argv, "--on_error", "skip"]) == 0
     assert open_beton(tmp_path / "all.beton").manifest.skipped[0]["source"] == "a/bad.jpg"
+
+
+def test_why_a_file_is_no_image_is_the_same_every_time() -> None:
+    for content, words in ((b"", "^empty$"), (b"text", "^no image of a known format$")):
+        with pytest.raises(ValueError, match=words):
+            upright_rgb(content)
+
+
+def test_a_files_comment_is_not_stored() -> None:
+    stored = []
+    for comment in (b"", b"from a camera"):
+        buffer = io.BytesIO()
+        photo(1).save(buffer, "JPEG", comment=comment)
+        stored.append(encode(upright_rgb(buffer.getvalue()), 0, Store("jpeg", 90))[0])
+    assert stored[0] == stored[1] and b"camera" not in stored[1].data
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
