@@ -29,6 +29,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fastproj.train", "Pre-train an encoder on a beton.", "RUN"),
     "evaluate": Command("fastproj.evaluate", "Probe a run's frozen encoder, or any.", "RUN", True),
+    "transfer": Command(
+        "fastproj.transfer.command", "Train a detector on an encoder, and score it.", "TRANSFER"
+    ),
     "embed": Command("fastproj.embed", "Write the features of a set to a file.", "EMBED", True),
     "study": Command("fastproj.study", "Compare arms over seeds and sets.", "STUDY"),
     "report": Command("fastproj.report", "Write a page on runs or a study.", "REPORT", True),
@@ -42,6 +45,7 @@ COMMANDS = {
 EXTRAS = {
     **{"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"},
     **{"submitit": "slurm", "tensorboard": "tensorboard", "wandb": "wandb"},
+    **{"pycocotools": "transfer"},
 }
 
 

@@ -3,7 +3,8 @@
 ``fastproj doctor`` tries everything that fastproj uses, in the way fastproj uses it, and prints one
 line for each. The exit code is 0 if the main job (images to a table of accuracies) can run here and
 1 if something that it needs is missing. A GPU, a compiler and the extras (FFCV, matplotlib, DALI,
-timm, ONNX, TensorBoard, W&B) are optional: they are shown, and their absence is no failure.
+timm, pycocotools, ONNX, TensorBoard, W&B) are optional: they are shown, and their absence is no
+failure.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -218,6 +219,13 @@ def timm() -> str:
     return str(_load("timm", _set_up("timm")).__version__)
 
 
+def pycocotools() -> str:
+    """It reads outlines and scores detections for ``fastproj transfer``."""
+    fix = _set_up("transfer")
+    _load("pycocotools.mask", fix)
+    return importlib.metadata.version("pycocotools")
+
+
 def onnx() -> str:
     """``fastproj export`` writes ONNX with onnxscript and tries it in ONNX Runtime."""
     fix = _set_up("onnx")
@@ -264,6 +272,7 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool], ...] = (
     ("FFCV", ffcv, False),
     ("DALI", dali, False),
     ("timm", timm, False),
+    ("pycocotools", pycocotools, False),
     ("ONNX", onnx, False),
     ("TensorBoard", tensorboard, False),
     ("W&B", wandb, False),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms before it, never one behind it.
 ROOMS = [
     *["core", "settings", "data", "prepare", "loaders", "augment", "models", "objective"],
-    *["training", "runs", "evaluation", "studies", "reporting"],
+    *["training", "runs", "evaluation", "transfer", "studies", "reporting"],
     "__main__",  # imports commands by name when it runs them; as scripts they hand over to it
     *["train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"],
 ]
@@ -22,7 +22,7 @@ ROOMS = [
 COMMANDS = {"train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"}
 SEE_SETTINGS = {
     *{"fastproj.prepare.command", "fastproj.runs.command", "fastproj.runs.start"},
-    "fastproj.training.build",
+    *{"fastproj.training.build", "fastproj.transfer.command"},
 }
 
 SOURCES = sorted((ROOT / "fastproj").rglob("*.py"))

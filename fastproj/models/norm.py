@@ -42,12 +42,13 @@ class SyncBatchNorm(_BatchNorm):
         return y.to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        # All our modules use torch's defaults: running statistics with a fixed momentum.
+        # All our modules keep running statistics. Without a momentum: the mean over all batches.
         assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
 class SyncBatchNormAct(SyncBatchNorm):

@@ -3,6 +3,7 @@
 For every command that trains: settings come as ``section.name`` -> value, data as their digest.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
     if found and resume is None and not done:
         with _fitting(found):  # a kill may have come between the last checkpoint and "end"
             state = checkpoint.load(found)
-            done = state["cursor"][0] >= state["settings"]["optim.epochs"]
+            done = state["cursor"][0] >= state["settings"].get("optim.epochs", math.inf)
     if done:
         raise InputError(f"{run.path} holds a finished run: give another --run.name, or remove it")
     if resume not in (None, AUTO) and found is None:

@@ -13,10 +13,11 @@ from fastproj.core.device import choose_device
 from fastproj.core.errors import SettingError
 from fastproj.runs.folder import RunFolder
 from fastproj.runs.resume import AUTO
-from fastproj.settings import Settings, load
+from fastproj.settings import load
+from fastproj.settings.run import Trained
 from fastproj.settings.schema import Schema
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=Trained)
 
 # Ranks may be started with other paths of their machines; everything else is compared.
 OWN_TO_A_RANK = ("run.dir", "data.")

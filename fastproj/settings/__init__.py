@@ -22,6 +22,7 @@ from fastproj.settings.embed import EMBED, EmbedSettings
 from fastproj.settings.read import load
 from fastproj.settings.run import RUN, Settings
 from fastproj.settings.study import STUDY
+from fastproj.settings.transfer import TRANSFER, TransferSettings
 
 __all__ = [
     "BENCH",
@@ -31,10 +32,12 @@ __all__ = [
     "REPORT",
     "RUN",
     "STUDY",
+    "TRANSFER",
     "BenchSettings",
     "EmbedSettings",
     "PrepareSettings",
     "Settings",
+    "TransferSettings",
     "load",
     "stored",
 ]

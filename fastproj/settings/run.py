@@ -310,10 +310,16 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Settings(Loaded):
-    """A run's settings: ``settings.optim.lr``. All of them go into its ``config.yaml``."""
+class Trained(Loaded):
+    """What every command that trains reads."""
 
     run: Run
+
+
+@dataclass(frozen=True)
+class Settings(Trained):
+    """A run's settings: ``settings.optim.lr``. All of them go into its ``config.yaml``."""
+
     data: Data
     views: Views
     model: Model
