@@ -52,7 +52,7 @@ def train(settings: Settings) -> Path:
     """
     run = resume.folder(settings.run.dir, settings.run.name, settings.run.resume)
     device = choose_device(settings.run.device)
-    rank = dist.start(device)
+    rank = dist.start(device, settings.run.timeout)
     try:
         device = prepare_device(device, rank.local_rank, tf32=True)
         if resume.nothing_to_do(run, settings.run.resume):
@@ -201,7 +201,7 @@ def _loop(
         done = trainer.loader.cursor == (epoch + 1, 0)
         meter.end_epoch(trainer.step, trainer.diagnostics.report)
         if online and done and (epoch + 1) % how.online_every == 0 and dist.is_main():
-            # Other ranks wait for rank 0 in the next step, at most dist.start's timeout.
+            # Other ranks wait for rank 0 in the next step, at most run.timeout.
             learner = trainer.learner
             scores = online.score(learner.encoder, learner.probe)
             journal.event("probe", step=trainer.step, epoch=epoch, **scores)

@@ -5,13 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from torch import nn
 
 from fastproj.prepare.encode import Store
@@ -73,6 +77,28 @@ def resident() -> Iterator[str]:
         yield line(f"{name} at {side}", f"{size:.1f} GB", *fits)
 
 
+def fsdp() -> Iterator[str]:
+    for name, recipe, encoder in (
+        ("ResNet-18 (in100)", "in100", "resnet18"),
+        ("ResNet-50 (in100)", "in100", "resnet50"),
+        ("ResNet-18, sparse (in100_sparse)", "in100_sparse", "resnet18"),
+    ):
+        argv = ["--cfg", str(ROOT / f"rcfg/{recipe}.yaml"), "--model.encoder", encoder]
+        learner, outputs = build_learner(load(RUN, argv, "test", ""), 100), [0]
+
+        def count(*called: Any, outputs: list[int] = outputs) -> None:
+            outputs[0] += called[2].numel()
+
+        for module in learner.encoder.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                module.register_forward_hook(count)
+        with torch.no_grad():
+            learner.encoder.eval()(torch.zeros(1, 3, 224, 224))
+        parameters = sum(p.numel() for p in learner.parameters())
+        sizes = (12 * parameters, 12 * parameters * 7 / 8, 2 * outputs[0] * 2 * 128)
+        yield line(name, f"{parameters / 1e6:.0f} M", *(f"{s / 1e9:.1f} GB" for s in sizes))
+
+
 def network() -> Iterator[str]:
     for encoder in ("resnet18", "resnet50"):
         recipe = ["--cfg", str(ROOT / "rcfg" / "in100.yaml"), "--model.encoder", encoder]
@@ -92,7 +118,7 @@ def network() -> Iterator[str]:
                 yield line("", link, *(f"{1e3 * t:.1f} ms" for t in times))
 
 
-TABLES = [row for table in (reading, stores, cached, resident, network) for row in table()]
+TABLES = [row for table in (reading, stores, cached, resident, fsdp, network) for row in table()]
 
 
 @pytest.mark.parametrize("row", TABLES)
@@ -133,28 +159,56 @@ while [[ $1 == --* ]]; do shift; done
 "$@" & second=$!
 wait $first && wait $second
 """
+SCONTROL = """\
+#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >>"${0%/*}/requeued"; else echo localhost; fi
+"""
 
 
 @pytest.mark.slow
-def test_the_slurm_script_makes_one_run_of_two_nodes(tmp_path: Path) -> None:
-    """Both nodes are this machine: in place of ``srun`` a script that starts torchrun twice."""
-    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho localhost\n")):
+def test_the_slurm_script_makes_one_run_of_two_nodes_and_is_requeued(tmp_path: Path) -> None:
+    """Both nodes are this machine: in place of ``srun`` a script that starts torchrun twice.
+
+    As Slurm does before a job's end, TERM goes to every process of the step and to no other.
+    """
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     beton = write(digit_like(np.random.default_rng(0), 80, 12, 4), tmp_path, Store("raw"))
     slurm = {"JOB_ID": os.getpid(), "JOB_NODELIST": "here", "NNODES": 2, "CPUS_ON_NODE": 2,
              "GPUS_ON_NODE": 1}  # fmt: skip
     given = {"data.train": beton.path, "run.dir": tmp_path, "run.name": "r", "run.device": "cpu",
-             "model.encoder": "resnet_small", "views.size": 8, "projector.hidden": 32,
-             "optim.batch_size": 16, "optim.epochs": 2, "optim.warmup_epochs": 0.5,
-             "train.log_every": 1}  # fmt: skip
-    done = subprocess.run(
-        ["bash", "docs/train.slurm", *(f"--{name}={value}" for name, value in given.items())],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
-           "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    events = journal.read(tmp_path / "r" / "metrics.jsonl")
-    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 11))
+             "run.resume": "auto", "model.encoder": "resnet_small", "views.size": 8,
+             "projector.hidden": 32, "optim.batch_size": 16, "optim.epochs": 12,
+             "optim.warmup_epochs": 0.5, "train.log_every": 1}  # fmt: skip
+
+    def sbatch() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "docs/train.slurm", *(f"--{name}={value}" for name, value in given.items())],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+            | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+               "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def steps() -> list[int]:
+        path = tmp_path / "r" / "metrics.jsonl"
+        events = journal.read(path) if path.exists() else []
+        return [e["step"] for e in events if e["event"] == "step"]
+
+    job, end = sbatch(), time.monotonic() + 200
+    while len(steps()) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    (srun,) = psutil.Process(job.pid).children()
+    for process in srun.children(recursive=True):
+        process.terminate()
+    _, errors = job.communicate(timeout=200)
+    assert job.returncode == 0 and "SIGTERM: finishing the step" in errors, errors
+    assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
+    assert 3 <= len(steps()) < 60 and not list(ROOT.glob(".stopped-*"))
+
+    job = sbatch()
+    _, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    assert steps() == list(range(1, 61))
+    assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"  # not again

@@ -7,20 +7,24 @@ initialized and every function here is the identity.
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
 
 from fastproj.core.errors import InputError
 
 T = TypeVar("T")
+
+ROLL_CALL = 5.0  # seconds that ranks which lost another one have to say so
 
 
 class Rank(NamedTuple):
@@ -32,17 +36,30 @@ class Rank(NamedTuple):
     local_world_size: int = 1
 
 
-def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
+class _Joined(NamedTuple):
+    """The group that this process joined last, also after it has left it."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+
+_joined: _Joined | None = None
+
+
+def start(device: str | torch.device, timeout: float | None = None) -> Rank:
     """Join the process group that torchrun announces; alone, or when called again, do nothing.
 
     ``device`` decides the backend: NCCL for ``cuda`` (the current GPU becomes the one numbered
     LOCAL_RANK), Gloo otherwise. ``timeout``: seconds that ranks wait for one another, here and in
-    every later collective. Raises ``InputError`` if the environment is incomplete, a GPU is
-    missing, or other ranks do not join.
+    every later collective; None: torch's. Raises ``InputError`` if the environment is incomplete, a
+    GPU is missing, or other ranks do not join, and names these.
     """
+    global _joined
     rank, world_size, local = (_announced(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_world_size = _announced("LOCAL_WORLD_SIZE")
     if world_size is None or world_size == 1:
+        _joined = None
         return Rank(0, 1, 0)
     if rank is None or local is None:
         raise InputError(
@@ -56,32 +73,63 @@ def start(device: str | torch.device, timeout: float = 600.0) -> Rank:
                 " start at most one process per GPU (torchrun --nproc_per_node)"
             )
         torch.cuda.set_device(local)
-    try:
-        if not dist.is_initialized():
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-            if local_world_size == world_size:
-                # torchrun keeps its store when it restarts the ranks, with the dead ones' addresses
-                # in it. Over several machines each torchrun counts its own restarts: set
-                # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, for a new store each time.
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"attempt {attempt}", store)
-            store.set_timeout(timedelta(seconds=timeout))
+    if not dist.is_initialized():
+        theirs = (on_cuda and default_pg_nccl_timeout) or default_pg_timeout
+        patience = timedelta(seconds=timeout) if timeout else theirs
+        store = _meet(rank, world_size, patience, local_world_size == world_size)
+        _joined = _Joined(store, rank, world_size)
+        with losing_ranks():
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo",
                 store=store,
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout),
+                timeout=patience,
                 device_id=torch.device("cuda", local) if on_cuda else None,
             )
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"rank {rank} of {world_size} did not meet the others at {where} within {timeout:g} s"
-            f" ({reason}): start all ranks with one torchrun command"
-        ) from error
     return Rank(rank, world_size, local, local_world_size or 1)
+
+
+def _meet(rank: int, world_size: int, patience: timedelta, one_machine: bool) -> dist.Store:
+    """The store of all ranks, once every one has come. ``InputError`` names those that have not."""
+    host, port = os.environ.get("MASTER_ADDR"), _announced("MASTER_PORT")
+    if host is None or port is None:
+        raise InputError("MASTER_ADDR or MASTER_PORT is not set: use torchrun")
+    where = f"{host}:{port} within {patience.total_seconds():g} s"
+    keys = [f"rank {number} has started" for number in range(world_size)]
+    ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # no torchrun serves one
+    try:
+        store: dist.Store = dist.TCPStore(
+            host, port, world_size, ours and rank == 0, patience,
+            wait_for_workers=False, multi_tenant=ours,
+        )  # fmt: skip
+        if one_machine:
+            # torchrun keeps its store when it restarts the ranks, with the dead ones' addresses
+            # in it. Over several machines each torchrun counts its own restarts: set
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, for a new store each time.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        store.set_timeout(patience)
+        store.set(keys[rank], "")
+        with suppress(dist.DistStoreError):
+            store.wait(keys)
+        late = [number for number, key in enumerate(keys) if not store.check([key])]
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"rank {rank} of {world_size} did not meet the others at {where}"
+            f" ({str(error).splitlines()[0]}): start all ranks with one torchrun command"
+        ) from error
+    if late:
+        raise InputError(
+            f"rank {rank} of {world_size}: {_named(late)} did not come to {where}: start all ranks "
+            "with one torchrun command, or wait longer with --run.timeout"
+        )
+    return store
+
+
+def _named(ranks: list[int]) -> str:
+    """``rank 1``, or ``ranks 1, 3``."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _announced(name: str) -> int | None:
@@ -237,15 +285,39 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def losing_ranks() -> Iterator[None]:
-    """Turn a collective's failure, because another rank died or hangs, into an ``InputError``."""
-    me, several = rank(), world_size() > 1  # before anyone leaves the group
+    """Turn a collective's failure, because another rank died or hangs, into an ``InputError``.
+
+    It names the ranks that do not notice the failure themselves within ``ROLL_CALL`` seconds.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not several or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not _joined or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = re.sub(r"^\[.*?\]\s*", "", re.split(r"\. |\n", str(error))[0])
+        lost = _roll_call(_joined)
         raise InputError(
-            f"rank {me} lost another rank, or waited too long for it ({reason}): the last line "
-            "of that rank says why"
+            f"rank {_joined.rank} lost {_named(lost) if lost else 'another rank'}: it died, or did "
+            f"not arrive within run.timeout ({reason}); the last line of that rank says why"
         ) from error
+
+
+def _roll_call(joined: _Joined) -> list[int]:
+    """The ranks that do not answer; rank 0, which holds the store, where the store is silent."""
+    keys = [f"rank {number} lost another" for number in range(joined.world_size)]
+    absent = [0] * (joined.rank > 0)
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            joined.store.set(keys[joined.rank], "")
+            end = time.monotonic() + ROLL_CALL
+            while time.monotonic() < end:
+                absent[:] = [n for n, key in enumerate(keys) if not joined.store.check([key])]
+                if not absent:
+                    break
+                time.sleep(0.1)
+
+    asking = Thread(target=ask, daemon=True)  # the store of a frozen machine would hold it for ever
+    asking.start()
+    asking.join(ROLL_CALL + 1)
+    return list(absent)

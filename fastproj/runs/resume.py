@@ -22,7 +22,10 @@ from fastproj.runs.sinks import Sinks
 
 AUTO = "auto"  # of run.resume: start where there is nothing, go on where there is something
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
-FREE_TO_CHANGE = ("run.name", "run.dir", "run.device", "run.resume", "data.", "train.", "eval.")
+FREE_TO_CHANGE = (
+    *("run.name", "run.dir", "run.device", "run.resume", "run.timeout"),
+    *("data.", "train.", "eval."),
+)
 
 COMPARED = ("train.init_from",)  # all the same
 

@@ -41,7 +41,7 @@ def start(
     if settings.run.resume == AUTO and not named:
         raise SettingError("run.resume auto needs --run.name: by default each start has a new name")
     try:
-        dist.start(choose_device(settings.run.device))
+        dist.start(choose_device(settings.run.device), settings.run.timeout)
         with dist.losing_ranks():
             _require_same_start(settings, facts)
             if settings.run.resume is None and not named:

@@ -72,6 +72,11 @@ class Run:
         "folder of a run to go on with: its config.yaml, its newest checkpoint, the next sample;"
         " auto: start the run, or go on with run.name in run.dir",
     )
+    timeout: float | None = setting(
+        OrNull(_positive),
+        "seconds that ranks wait for one another before they name the missing one and end; null:"
+        " torch's, 600 on GPUs and 1800 on CPUs",
+    )
 
 
 @dataclass(frozen=True)

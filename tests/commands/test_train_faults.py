@@ -245,7 +245,21 @@ def test_a_rank_that_dies_gives_its_partner_one_line(beton: Beton, tmp_path: Pat
     wait_for_step(tmp_path / "r", 3, one, two)
     two.kill()
     code, errors = end(one)
-    assert code == 1 and "error: rank 0 lost another rank" in errors.splitlines()[-1]
+    assert code == 1 and "error: rank 0 lost rank 1: it died" in errors.splitlines()[-1]
+    two.communicate()
+
+
+@pytest.mark.soak
+def test_ranks_name_the_one_that_hangs_after_the_timeout(beton: Beton, tmp_path: Path) -> None:
+    own = options(beton, tmp_path, optim__epochs=4000, run__timeout=8, optim__batch_size=15)
+    one, two, three = ranks(own, own, own)
+    wait_for_step(tmp_path / "r", 3, one, two, three)
+    two.send_signal(signal.SIGSTOP)
+    for number, process in ((0, one), (2, three)):
+        code, errors = end(process)
+        assert code == 1 and f"error: rank {number} lost rank 1: " in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+    two.kill()
     two.communicate()
 
 
