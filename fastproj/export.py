@@ -20,7 +20,8 @@ from typing import Any
 
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256, write_text, writing
-from fastproj.data.manifest import Manifest, read_manifest
+from fastproj.data.beton import open_beton
+from fastproj.data.manifest import Manifest
 from fastproj.evaluate import find_checkpoint
 from fastproj.evaluation.card import Facts, model_card
 from fastproj.evaluation.onnx import save_onnx
@@ -111,7 +112,7 @@ def _recipe(environment: dict[str, Any]) -> str | None:
 def _manifest(settings: Settings, pretrained: Pretrained) -> Manifest | None:
     """That of the training set; None where it is not there any more, or another one is."""
     try:
-        found = read_manifest(Path(settings.data.train).with_suffix(".json"))
+        found = open_beton(settings.data.train).manifest
     except (InputError, OSError):
         return None
     return found if pretrained.data in (None, found.content) else None

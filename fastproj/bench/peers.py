@@ -39,7 +39,7 @@ def ffcv_loader(beton: Beton, size: int, batch: int, workers: int) -> Iterable[o
     unread = {name: None for name in ("index", "width", "height")}
     square = beton.manifest.store == "square"
     return Loader(
-        str(beton.path),
+        str(beton.only_file),
         batch_size=batch,
         num_workers=workers,
         order=OrderOption.RANDOM,

@@ -2,7 +2,7 @@
 
 FFCV does not check what it reads. A manifest ``<stem>.json`` therefore lies beside
 ``<stem>.beton``: ``open_beton`` compares sizes, header, rows and table with it in milliseconds,
-``verify`` reads every byte. ``layout`` describes the file.
+``verify`` reads every byte. ``layout`` describes the file. A set may be several files (``shards``).
 """
 
 import os
@@ -26,21 +26,23 @@ from fastproj.data.layout import (
     row_type,
 )
 from fastproj.data.manifest import Adopted, Manifest, read_manifest
+from fastproj.data.shards import File, expand, join, map_files, refuse_alone
 
 
 @dataclass(frozen=True)
 class Beton:
     """An opened, checked beton. Arrays have N entries in sample order.
 
-    ``data``: the whole file, uint8, read-only memory map. ``mode``: uint8, JPEG or RAW.
-    The others are int64: ``width``, ``height`` as stored (pixels); ``pointer``, ``length`` (bytes
-    in ``data``); ``label`` (-1: none); ``index`` (0 … N-1); ``source_width``, ``source_height``
-    (pixels): the original size in a square store, whose images are all resized to one square, and
-    the stored size otherwise.
+    ``files``: the file, or those of a set of several. ``data``: all of them, uint8, read-only
+    memory map. ``mode``: uint8, JPEG or RAW. The others are int64: ``width``, ``height`` as stored
+    (pixels); ``pointer``, ``length`` (bytes in ``data``); ``label`` (-1: none); ``index`` (0 …
+    N-1); ``source_width``, ``source_height`` (pixels): the original size in a square store, whose
+    images are all resized to one square, and the stored size otherwise.
     """
 
     path: Path
     manifest: Manifest
+    files: tuple[File, ...]
     data: np.ndarray
     mode: np.ndarray
     width: np.ndarray
@@ -60,6 +62,21 @@ class Beton:
         """Class names; a label is an index into them."""
         return self.manifest.classes
 
+    @property
+    def only_file(self) -> Path:
+        """The path, for a program that reads one file. Raises ``InputError`` for a set of more."""
+        if len(self.files) > 1:
+            raise InputError(
+                f"{self.path}: FFCV reads one file, and this set is {len(self.files)}: take "
+                "--data.engine stream, or write it without --data.shards"
+            )
+        return self.path
+
+    def file_of(self, samples: np.ndarray) -> np.ndarray:
+        """Which of ``files`` holds each of these samples: int64 (n,)."""
+        starts = [file.start for file in self.files]
+        return np.searchsorted(starts, self.pointer[samples], "right") - 1
+
     def stored(self, sample: int) -> np.ndarray:
         """The stored bytes of one sample: uint8 (length,), a view into ``data``."""
         start = self.pointer[sample]
@@ -75,9 +92,40 @@ class Beton:
 def open_beton(path: str | os.PathLike) -> Beton:
     """Open a beton after checking its size, header, rows, table and manifest; read no sample.
 
+    ``train-{00000..00063}.beton`` opens the files of a set as one; samples are numbered through.
     Raises ``InputError`` with one line that says what is wrong and where.
     """
-    path = Path(path)
+    beton = open_part(Path(path))
+    if beton.manifest.shard:
+        raise refuse_alone(beton.path, beton.manifest.shard)
+    return beton
+
+
+def open_part(path: Path) -> Beton:
+    """As ``open_beton``, and also opens one file of a set alone."""
+    files = expand(path)
+    if files == [path]:
+        return _open_file(path)
+    parts = [_open_file(file) if file.is_file() else None for file in files]
+    manifest = join(files, [part.manifest if part else None for part in parts])
+    data, mapped = map_files(files)
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("mode", "width", "height", "length", "label", "source_width", "source_height")
+    }
+    there = zip(filter(None, parts), mapped, strict=True)
+    return Beton(
+        path=path,
+        manifest=manifest,
+        files=mapped,
+        data=data,
+        pointer=np.concatenate([part.pointer + file.start for part, file in there]),
+        index=np.arange(manifest.samples),
+        **columns,
+    )
+
+
+def _open_file(path: Path) -> Beton:
     if not path.is_file():
         raise InputError(f"{path}: no such beton; write it with fastproj prepare")
     size = path.stat().st_size
@@ -129,6 +177,7 @@ def adopted_beton(path: Path, manifest: Manifest, data: np.ndarray, rows: Rows) 
     beton = Beton(
         path=path,
         manifest=manifest,
+        files=(File(path, 0, len(data)),),
         data=data,
         mode=image["mode"].copy(),
         width=width,
@@ -180,6 +229,7 @@ def _beton(
     return Beton(
         path=path,
         manifest=manifest,
+        files=(File(path, 0, len(data)),),
         data=data,
         mode=image["mode"].copy(),
         width=width,

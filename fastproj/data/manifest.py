@@ -1,6 +1,7 @@
 """The manifest: the JSON file beside a beton that says what the beton must hold."""
 
 import base64
+import hashlib
 import json
 import re
 import zlib
@@ -31,6 +32,31 @@ class Adopted:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Of a file that is one of several of a set: what the statistics of all of them follow from.
+
+    File ``number`` (from 0) of ``of``. ``set``: SHA-256 of what all files of the set share: names
+    and labels of all its images, and the settings. Packed: ``histogram``, int64 (3, 256), how often
+    each channel has each value; ``digests``, uint8 (N, 32), each sample's SHA-256.
+    """
+
+    number: int
+    of: int
+    set: str
+    histogram: str
+    digests: str
+
+    def counts(self) -> np.ndarray:
+        """``histogram``, unpacked."""
+        packed = base64.b64decode(self.histogram, validate=True)
+        return np.frombuffer(packed, "<i8").reshape(3, 256)
+
+    def sample_digests(self) -> bytes:
+        """``digests``, unpacked."""
+        return base64.b64decode(self.digests, validate=True)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The JSON beside a beton.
 
@@ -38,7 +64,9 @@ class Manifest:
     are computed before compression. ``content`` is the SHA-256 of all samples' digests
     (``sample_digest``) in order, ``sha256`` that of the whole file. ``hashes`` and ``sources`` are
     packed; ``sample_hashes()`` and ``source_names()`` unpack them. ``adopted``: None for a file
-    that fastproj wrote.
+    that fastproj wrote. ``shard``: None for a whole set. That of a set of several files is made
+    from theirs (``fastproj.data.shards``) and equals that of one file, except for ``file_bytes``,
+    their sum, and ``sha256``, the SHA-256 of theirs.
     """
 
     format: int
@@ -61,6 +89,7 @@ class Manifest:
     hashes: str
     sources: str
     adopted: Adopted | None = None
+    shard: Shard | None = None
 
     def sample_hashes(self) -> np.ndarray:
         """The first bytes of each sample's SHA-256: (N, HASH_BYTES) uint8."""
@@ -69,11 +98,25 @@ class Manifest:
 
     def source_names(self) -> list[str]:
         """Where each sample came from: N paths below the dataset's root, or names like test[3]."""
-        packed = zlib.decompress(base64.b64decode(self.sources, validate=True))
-        names = packed.decode("utf-8", "surrogateescape").split("\0")
+        names = [
+            name
+            for packed in self.sources.split(" ")  # of each file
+            for name in zlib.decompress(base64.b64decode(packed, validate=True))
+            .decode("utf-8", "surrogateescape")
+            .split("\0")
+        ]
         if len(names) != self.samples:
             raise ValueError(f"{len(names)} source names for {self.samples} samples")
         return names
+
+
+def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, in [0, 1], from pixel counts (3, 256), so exact in any order of images."""
+    values = np.arange(256) / 255
+    density = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = density @ values
+    std = np.sqrt((density * (values - mean[:, None]) ** 2).sum(axis=1))
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _whole(low: int, high: int = 2**63 - 1) -> Callable[[Any], bool]:
@@ -98,6 +141,14 @@ def _shares(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 3
         and all(type(x) in (int, float) and 0 <= x <= 1 for x in value)
+    )
+
+
+def _record(checks: dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict)
+        and set(value) == set(checks)
+        and all(check(value[name]) for name, check in checks.items())
     )
 
 
@@ -126,14 +177,17 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of sources and reasons",
     ),
     "adopted": (
+        _or_null(_record(dict.fromkeys(("image", "label", "tables"), _text))),
+        "null or the names of an FFCV file's fields",
+    ),
+    "shard": (
         _or_null(
-            lambda x: (
-                isinstance(x, dict)
-                and set(x) == {field.name for field in fields(Adopted)}
-                and all(map(_text, x.values()))
+            _record(
+                {"number": _whole(0), "of": _whole(1), "set": _digest}
+                | dict.fromkeys(("histogram", "digests"), _text)
             )
         ),
-        "null or the names of an FFCV file's fields",
+        "null or the number of a shard and what it says of its set",
     ),
 }
 
@@ -177,9 +231,10 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest ({error}); {again}") from None
     wanted = {field.name for field in fields(Manifest)}
-    if not isinstance(content, dict) or set(content) | {"adopted"} != wanted:
+    if not isinstance(content, dict) or set(content) | {"adopted", "shard"} != wanted:
         raise InputError(f"{path}: not a fastproj manifest, its keys differ; {again}")
-    content.setdefault("adopted", None)
+    for name in ("adopted", "shard"):  # an older version's lacks them
+        content.setdefault(name, None)
     for name, (is_right, words) in VALUES.items():
         if not is_right(content[name]):
             shown = json.dumps(content[name])[:40]
@@ -188,9 +243,22 @@ def read_manifest(path: Path) -> Manifest:
         content[name] = tuple(content[name])
     if content["adopted"]:
         content["adopted"] = Adopted(**content["adopted"])
-    manifest = Manifest(**content)
+    if content["shard"]:
+        content["shard"] = Shard(**content["shard"])
+    manifest, what = Manifest(**content), "its hashes"
     try:
         manifest.sample_hashes()
+        what = "what it says of its set"
+        if manifest.shard:
+            _check_shard(manifest, manifest.shard)
     except ValueError as error:
-        raise InputError(f"{path}: its hashes are damaged ({error}); {again}") from None
+        raise InputError(f"{path}: {what} is damaged ({error}); {again}") from None
     return manifest
+
+
+def _check_shard(manifest: Manifest, shard: Shard) -> None:
+    """Raises ``ValueError`` unless its digests and counts are those of the file's own figures."""
+    if hashlib.sha256(shard.sample_digests()).hexdigest() != manifest.content:
+        raise ValueError("digests of other samples")
+    if not np.allclose(mean_and_std(shard.counts()), (manifest.mean, manifest.std), 0, 1e-9):
+        raise ValueError("counts of other pixels")

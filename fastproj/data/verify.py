@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256
 from fastproj.core.machine import cores
-from fastproj.data.beton import Beton, open_beton
+from fastproj.data.beton import Beton, open_part
 from fastproj.data.layout import HASH_BYTES, sample_digest
 
 CHUNK = 256  # samples that one thread verifies at a time
@@ -22,8 +23,12 @@ CHUNK = 256  # samples that one thread verifies at a time
 
 @dataclass(frozen=True)
 class Damage:
-    """One finding of ``verify``; ``index`` is None if the damage lies outside the samples."""
+    """One finding of ``verify``; ``index`` is None if the damage lies outside the samples.
 
+    It is the sample's number in ``file``.
+    """
+
+    file: Path
     index: int | None
     source: str
     reason: str
@@ -42,33 +47,38 @@ class FirstRead:
         self.beton = beton
         self._hashes = beton.manifest.sample_hashes()
         self._seen = np.zeros(len(beton), bool)
-        self._file = os.open(beton.path, os.O_RDONLY)
-        self._time = os.fstat(self._file).st_mtime_ns
-        weakref.finalize(self, os.close, self._file)
+        self._opened: list[tuple[int, int]] = []  # each file, and when it was last written to
+        for file in beton.files:
+            number = os.open(file.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, number)
+            self._opened.append((number, os.fstat(number).st_mtime_ns))
 
     def check_file(self) -> None:
-        """Raises InputError if the opened file has changed. One renamed to its path is another."""
-        now = os.fstat(self._file)
-        if (now.st_size, now.st_mtime_ns) != (self.beton.manifest.file_bytes, self._time):
-            raise InputError(
-                f"{self.beton.path} was written to or cut since it was opened: let nothing write "
-                "to it, run fastproj prepare --verify on it, then resume"
-            )
+        """Raises InputError if an opened file has changed. One renamed to its path is another."""
+        for file, (number, time) in zip(self.beton.files, self._opened, strict=True):
+            now = os.fstat(number)
+            if (now.st_size, now.st_mtime_ns) != (file.size, time):
+                raise InputError(
+                    f"{file.path} was written to or cut since it was opened: let nothing write "
+                    "to it, run fastproj prepare --verify on it, then resume"
+                )
 
     def check(self, positions: np.ndarray) -> None:
         """Raises InputError for the first of these samples, not seen before, that is damaged."""
         beton, fresh = self.beton, positions[~self._seen[positions]]
-        places = (fresh.tolist(), beton.length[fresh].tolist(), beton.pointer[fresh].tolist())
-        for position, length, pointer, row in zip(*places, beton.rows(fresh), strict=True):
+        columns = (fresh, beton.length[fresh], beton.pointer[fresh], beton.file_of(fresh))
+        places = (column.tolist() for column in columns)
+        for position, length, pointer, of, row in zip(*places, beton.rows(fresh), strict=True):
+            file = beton.files[of]
             reason = "its bytes, size or label are not those of the manifest's hash"
             try:
-                stored = os.pread(self._file, length, pointer)
+                stored = os.pread(self._opened[of][0], length, pointer - file.start)
             except OSError as error:
                 stored, reason = b"", f"it cannot be read: {error.strerror}"
             if sample_digest(stored, *row)[:HASH_BYTES] != self._hashes[position].tobytes():
                 raise InputError(
                     f"{beton.path}: sample {beton.index[position]} is damaged ({reason}): run "
-                    f"fastproj prepare --verify {beton.path}, then write it again"
+                    f"fastproj prepare --verify {file.path}, then write it again"
                 )
         self._seen[fresh] = True
 
@@ -78,10 +88,16 @@ def verify(
 ) -> list[Damage]:
     """Read the whole beton, compare it with its manifest and return every damaged sample.
 
-    Several threads read the samples while one hashes the whole file. ``progress`` is called with
-    the number of samples just read. Raises ``InputError`` if the beton cannot be opened.
+    ``path``: of one file, which may be a shard, or of a set of several. Several threads read the
+    samples while one hashes the whole file. ``progress`` is called with the number of samples just
+    read. Raises ``InputError`` if the beton cannot be opened.
     """
-    beton = open_beton(path)
+    files = open_part(Path(path)).files
+    return [damage for file in files for damage in _verify_file(file.path, progress)]
+
+
+def _verify_file(path: Path, progress: Callable[[int], Any]) -> list[Damage]:
+    beton = open_part(path)
     manifest = beton.manifest
     try:
         sources = manifest.source_names()
@@ -99,12 +115,12 @@ def verify(
         ):
             for sample, result in zip(chunk, results, strict=True):
                 if isinstance(result, str):
-                    found.append(Damage(sample, sources[sample], result))
+                    found.append(Damage(beton.path, sample, sources[sample], result))
                     continue
                 digests.update(result)
                 if result[:HASH_BYTES] != hashes[sample].tobytes():
                     reason = "stored bytes, size or label differ from what was written"
-                    found.append(Damage(sample, sources[sample], reason))
+                    found.append(Damage(beton.path, sample, sources[sample], reason))
             progress(len(chunk))
         intact = whole.result() == manifest.sha256
     if found and intact and digests.hexdigest() == manifest.content:
@@ -112,7 +128,8 @@ def verify(
             f"{beton.path.with_suffix('.json')}: damaged, the beton itself is intact; write again"
         )
     if not found and not intact:
-        found.append(Damage(None, "", "bytes outside the samples differ: header, rows or padding"))
+        reason = "bytes outside the samples differ: header, rows or padding"
+        found.append(Damage(beton.path, None, "", reason))
     return found
 
 

@@ -123,6 +123,7 @@ class _Epoch:
 
 def _open_ffcv(ours: FfcvLoader) -> tuple[Any, Callable[[int, np.ndarray, int], None]]:
     """FFCV's loader of the same file, and the function that fills a batch in numba's threads."""
+    beton, path = ours.beton, ours.beton.only_file
     try:
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.loader import Loader as Reading
@@ -139,7 +140,7 @@ def _open_ffcv(ours: FfcvLoader) -> tuple[Any, Callable[[int, np.ndarray, int], 
     class Given(TraversalOrder):
         """The samples that we give it."""
 
-        positions = np.arange(len(ours.beton))
+        positions = np.arange(len(beton))
 
         def sample_order(self, epoch: int) -> np.ndarray:
             return self.positions
@@ -162,11 +163,10 @@ def _open_ffcv(ours: FfcvLoader) -> tuple[Any, Callable[[int, np.ndarray, int], 
         def generate_code(self) -> Callable[..., Batch]:
             return lambda samples, memory: ours.work()
 
-    beton = ours.beton
     image = beton.manifest.adopted.image if beton.manifest.adopted else "image"
-    names = [name for _, name in read_fields(beton.path, beton.data)]
+    names = [name for _, name in read_fields(path, beton.data)]
     reading = Reading(
-        str(beton.path),
+        str(path),
         indices=np.arange(len(beton)),  # of a subset that repeats images, more than the file has
         batch_size=ours.order.batch_size,
         num_workers=ours.workers,

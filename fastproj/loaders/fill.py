@@ -79,10 +79,11 @@ class Fill:
     def check(self, slot: int, why: bytes) -> None:
         """Raise InputError for the sample at ``slot``: ``fastproj_fill`` returned it; -1: none."""
         if slot >= 0:
-            index = self.beton.index[self.positions[slot]]
+            position = self.positions[slot]
+            index, file = self.beton.index[position], self.beton.file_of(position)
             raise InputError(
                 f"{self.beton.path}: sample {index} cannot be decoded ({why.decode()}): "
-                f"run fastproj prepare --verify {self.beton.path}, then write it again"
+                f"run fastproj prepare --verify {self.beton.files[file].path}, then write it again"
             )
 
     def prefetch(self) -> None:

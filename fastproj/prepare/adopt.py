@@ -23,11 +23,11 @@ from fastproj.data.manifest import (
     FORMAT,
     Adopted,
     Manifest,
+    mean_and_std,
     pack_hashes,
     pack_names,
     write_manifest,
 )
-from fastproj.prepare.splits import mean_and_std
 
 CHUNK = 64  # samples that one thread reads at a time
 

@@ -1,6 +1,7 @@
 """Command: raw images to betons, ``<split>.beton`` and its manifest ``<split>.json``.
 
     fastproj prepare --data.dataset cifar10 --data.root DIR --data.out DIR
+    fastproj prepare --data.dataset imagenet --data.root DIR --data.out DIR --data.shard 3/64
     fastproj prepare --verify DIR/train.beton
     fastproj prepare --adopt DIR/train.ffcv
 
@@ -18,10 +19,13 @@ from pathlib import Path
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.machine import cores
 from fastproj.core.progress import Progress
-from fastproj.data.beton import open_beton
+from fastproj.data.beton import open_part
+from fastproj.data.manifest import Manifest
+from fastproj.data.shards import set_name, shard_name
 from fastproj.data.verify import verify
 from fastproj.prepare.adopt import adopt
 from fastproj.prepare.encode import Store
+from fastproj.prepare.shards import left_behind
 from fastproj.prepare.sources import open_sources
 from fastproj.prepare.splits import SplitWriter, make_folder
 from fastproj.settings import PREPARE, PrepareSettings, load, stored
@@ -30,15 +34,16 @@ from fastproj.settings import PREPARE, PrepareSettings, load, stored
 def _verify(path: str) -> int:
     """Print each damage; exit code 1 if there is any."""
     start = time.perf_counter()
-    beton = open_beton(path)
+    beton = open_part(Path(path))
     with Progress(len(beton), "verify") as progress:
         damages = verify(path, progress.update)
     for damage in damages:
         where = "file" if damage.index is None else f"sample {damage.index} ({damage.source})"
-        print(f"{path}: {where}: {damage.reason}")
+        print(f"{damage.file}: {where}: {damage.reason}")
     seconds = time.perf_counter() - start
     verdict = f"{len(damages)} damaged" if damages else "intact"
-    rate = f"{len(beton) / seconds:,.0f} images/s, {len(beton.data) / seconds / 1e6:,.0f} MB/s"
+    speed = beton.manifest.file_bytes / seconds / 1e6
+    rate = f"{len(beton) / seconds:,.0f} images/s, {speed:,.0f} MB/s"
     print(f"{path}: {len(beton):,} images in {seconds:.1f} s ({rate}): {verdict}")
     return 1 if damages else 0
 
@@ -70,8 +75,20 @@ def _adopt(settings: PrepareSettings, command: str) -> int:
     return 0
 
 
+def _say(path: Path, manifest: Manifest, gray: int, seconds: float) -> None:
+    """Print one line on a file that was written."""
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    print(
+        f"{path}: {manifest.samples:,} images"
+        + (f", {gray:,} gray ones stored as RGB" if gray else "")
+        + f"{skipped}, {len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
+        f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
+        flush=True,
+    )
+
+
 def _write(settings: PrepareSettings, command: str) -> int:
-    """Write every requested split and print one line for each."""
+    """Write every requested split and print one line for each file."""
     data = settings.data
     if data.dataset is None or data.out is None:
         name = "out" if data.dataset else "dataset"
@@ -98,20 +115,26 @@ def _write(settings: PrepareSettings, command: str) -> int:
             "data.fields image,label leaves no place for the original size that data.store square "
             "keeps: leave one of them out"
         )
+    shards = [(number, data.shards) for number in range(data.shards)]
+    if data.shard is not None:
+        number, of = map(int, data.shard.split("/"))
+        shards = [(number, of)]
+    of = shards[0][1]
     skip, workers = data.on_error == "skip", data.workers or cores()
     with SplitWriter(store, workers, skip, index, data.max_pixels) as writer:
         for source in sources:
-            start = time.perf_counter()
-            manifest = writer.write(source, out, data.dataset, command)
-            seconds = time.perf_counter() - start
-            gray = f", {writer.gray:,} gray ones stored as RGB" if writer.gray else ""
-            skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-            print(
-                f"{out / source.split}.beton: {manifest.samples:,} images{gray}{skipped}, "
-                f"{len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
-                f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
-                flush=True,
-            )
+            for shard in shards:
+                start = time.perf_counter()
+                manifest = writer.write(source, out, data.dataset, command, shard)
+                name = shard_name(source.split, shard[0]) if of > 1 else f"{source.split}.beton"
+                _say(out / name, manifest, writer.gray, time.perf_counter() - start)
+            old = left_behind(out, source.split, of) if of > 1 else []
+            if old:
+                print(
+                    f"note: {old[0]} and {len(old) - 1} more are left of a set of more files, and "
+                    f"no part of {set_name(source.split, of)}: remove them",
+                    file=sys.stderr,
+                )
     return 0
 
 

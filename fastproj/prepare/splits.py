@@ -1,9 +1,11 @@
 """Write one split of raw images as a beton and its manifest, with worker processes."""
 
+import base64
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,15 @@ from fastproj.data.beton import Beton, open_beton
 from fastproj.data.manifest import (
     FORMAT,
     Manifest,
+    Shard,
+    mean_and_std,
     pack_hashes,
     pack_names,
     write_manifest,
 )
+from fastproj.data.shards import shard_name
 from fastproj.prepare.encode import MAX_PIXELS, Chunk, Store, Stored, encode_chunk
+from fastproj.prepare.shards import identity, part
 from fastproj.prepare.sources import Lazy, Source
 from fastproj.prepare.workers import Workers
 from fastproj.prepare.writer import Written, write_container
@@ -57,21 +63,38 @@ class SplitWriter:
     def __exit__(self, *_: object) -> None:
         self.pool.close()
 
-    def write(self, source: Source, out: Path, dataset: str, command: str) -> Manifest:
+    def write(
+        self,
+        source: Source,
+        out: Path,
+        dataset: str,
+        command: str,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Manifest:
         """Write ``out/<split>.beton`` and its manifest; older files stay until both are complete.
 
-        The manifest is renamed first. A writer killed in between leaves a pair that ``open_beton``
-        rejects, because both hold the content digest.
+        ``shard``: (i, N) writes file i of N, ``out/<split>-<i>.beton``. The manifest is renamed
+        first. A writer killed in between leaves a pair that ``open_beton`` rejects, because both
+        hold the content digest.
         """
-        beton = out / f"{source.split}.beton"
+        number, of = shard
+        whole, beton = source, out / f"{source.split}.beton"
+        if of > 1:
+            source, beton = part(whole, number, of), out / shard_name(source.split, number)
         histogram = np.zeros((3, 256), np.int64)
         unreadable: dict[int, str] = {}
         count = len(source.labels)
         square = self.store.kind == "square"
-        with replacing(beton) as file, Progress(count, source.split) as progress:
+        with replacing(beton) as file, Progress(count, beton.stem) as progress:
             samples = self._encoded(source, histogram, unreadable, progress)
             written = write_container(file, samples, count, square, self.index)
             manifest = self._manifest(source, written, histogram, unreadable, dataset, command)
+            if of > 1:
+                settings = (dataset, self.index, self.max_pixels, of)
+                shared = identity(whole, self.store, *settings)
+                counts = base64.b64encode(histogram.astype("<i8").tobytes()).decode()
+                digests = base64.b64encode(written.digests).decode()
+                manifest = replace(manifest, shard=Shard(number, of, shared, counts, digests))
             write_manifest(manifest, beton.with_suffix(".json"))
         return manifest
 
@@ -191,12 +214,3 @@ def _place(source: Source, number: int) -> str:
     if isinstance(source.images, Lazy | np.ndarray):
         return source.names[number]
     return source.images[number]
-
-
-def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, in [0, 1], from pixel counts (3, 256), so exact in any order of images."""
-    values = np.arange(256) / 255
-    density = histogram / histogram.sum(axis=1, keepdims=True)
-    mean = density @ values
-    std = np.sqrt((density * (values - mean[:, None]) ** 2).sum(axis=1))
-    return tuple(mean.tolist()), tuple(std.tolist())

@@ -27,13 +27,14 @@ PAGE = 1 << 23  # bytes: FFCV's default
 
 
 class Written(NamedTuple):
-    """What was written: sample count, bytes, and digests in the manifest's form."""
+    """What was written: sample count, bytes, digests in the manifest's form, and every sample's."""
 
     samples: int
     file_bytes: int
     sha256: str
     content: str
     hashes: bytes
+    digests: bytes
 
 
 def write_container(
@@ -54,7 +55,7 @@ def write_container(
     rows, table = np.zeros(capacity, row_type(square, index)), np.zeros(capacity, TABLE)
     names = rows.dtype.names or ()
     rows_at = HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
-    page, count, hashes, content = PAGE, 0, bytearray(), hashlib.sha256()
+    page, count, digests = PAGE, 0, bytearray()
     position = _round_up(rows_at + rows.nbytes, page)
     file.seek(position)
     for sample in samples:
@@ -69,8 +70,7 @@ def write_container(
         number = (count,) if len(names) > 2 else ()
         rows[count] = (image, sample.label, *number, *source)
         table[count] = (count, position, length)
-        content.update(sample.digest)
-        hashes += sample.digest[:HASH_BYTES]
+        digests += sample.digest
         position += length
         count += 1
 
@@ -80,12 +80,14 @@ def write_container(
     for descriptor, name in zip(descriptors, names, strict=True):
         descriptor["type_id"] = IMAGE_TYPE if name == "image" else INT_TYPE
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    content = hashlib.sha256(digests)
     descriptors[0]["arguments"][:32] = np.frombuffer(content.digest(), np.uint8)
     file.seek(0)
     file.write(header.tobytes() + descriptors.tobytes() + rows[:count].tobytes())
     file.seek(0)
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Written(count, file.tell(), sha256, content.hexdigest(), bytes(hashes))
+    hashes = np.frombuffer(digests, np.uint8).reshape(-1, 32)[:, :HASH_BYTES].tobytes()
+    return Written(count, file.tell(), sha256, content.hexdigest(), hashes, bytes(digests))
 
 
 def _round_up(position: int, page: int) -> int:

@@ -147,6 +147,22 @@ class Text(_Scalar):
 
 
 @dataclass(frozen=True)
+class Part(_Scalar):
+    """``i/N``: one of N parts, counted from 0, of at most ``most``."""
+
+    most: int
+
+    def parse(self, text: str) -> str:
+        number, of = map(int, text.split("/"))
+        if not 0 <= number < of <= self.most:
+            raise ValueError
+        return f"{number}/{of}"
+
+    def help(self) -> str:
+        return f"i/N with 0 <= i < N <= {self.most}"
+
+
+@dataclass(frozen=True)
 class File(Text):
     """A path, as text; ``~`` is expanded, because a file has no shell to do it."""
 

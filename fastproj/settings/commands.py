@@ -10,6 +10,7 @@ from fastproj.settings.checkers import (
     Int,
     KeyOrAddress,
     OrNull,
+    Part,
     Texts,
 )
 from fastproj.settings.schema import Loaded, Needs, Schema, setting
@@ -76,6 +77,14 @@ class Raw:
     )
     max_pixels: int = setting(
         _count, "a larger image is not decoded but counts as unreadable", 178_956_970
+    )
+    shards: int = setting(
+        Int(1, 100_000), "files to write each split as: <split>-00000.beton and so on", 1,
+        needs=Needs("data.shard is null", ("data.shard",), lambda shard: shard is None),
+    )  # fmt: skip
+    shard: str | None = setting(
+        OrNull(Part(100_000)),
+        "write only file i of N, from 0, while other processes write the others",
     )
     workers: int = setting(Int(0), "processes; 0: every core this process may use", 0)
     on_error: str = setting(

@@ -18,6 +18,7 @@ from PIL import Image
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.data.layout import JPEG, RAW
+from fastproj.data.shards import File
 from fastproj.loaders import fill as room
 from fastproj.loaders.crop import batch_like
 from fastproj.loaders.fill import Fill, read_at_random
@@ -41,6 +42,10 @@ class Stored:
         self.mode = np.array([JPEG if isinstance(i, bytes) else RAW for i in self.images], np.uint8)
         self.height, self.width = np.array(self.sizes).T.copy()
         self.index = np.arange(len(parts))
+        self.files = [File(self.path, 0, len(self.data))]
+
+    def file_of(self, samples: np.ndarray) -> np.ndarray:
+        return np.zeros_like(samples)
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from fastproj.data.beton import Beton, open_beton
+from fastproj.data.shards import set_name
 from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import Source
 from fastproj.prepare.splits import SplitWriter
@@ -44,3 +45,12 @@ def write(source: Source, out: Path, store: Store) -> Beton:
     with SplitWriter(store, workers=1, skip=False) as writer:
         writer.write(source, out, "test", "test")
     return open_beton(out / f"{source.split}.beton")
+
+
+def write_shards(source: Source, out: Path, store: Store, of: int) -> Beton:
+    """The split as a set of ``of`` files under ``out``, the last one first."""
+    out.mkdir(parents=True, exist_ok=True)
+    with SplitWriter(store, workers=1, skip=False) as writer:
+        for number in reversed(range(of)):
+            writer.write(source, out, "test", "test", (number, of))
+    return open_beton(out / set_name(source.split, of))
