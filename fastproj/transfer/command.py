@@ -188,9 +188,10 @@ def transfer(settings: TransferSettings) -> Path:
     """
     run = resume.folder(settings.run.dir, settings.run.name, settings.run.resume)
     device = choose_device(settings.run.device)
-    rank = dist.start(device)
+    rank = dist.start(device, settings.run.timeout)
     try:
         device = prepare_device(device, rank.local_rank, tf32=True)
+        torch.backends.cudnn.benchmark = False  # it times each shape, and images have hundreds
         if resume.nothing_to_do(run, settings.run.resume):
             return run.path
         with dist.together():
