@@ -204,7 +204,20 @@ def steps(events: Iterable[Mapping[str, Any]], name: str) -> Curve:
     Of more than ``POINTS`` logged steps, equal numbers of neighbors become one point, their mean at
     the last one's step.
     """
-    found = [(e["step"], float(e[name])) for e in events if e.get("event") == "step" and name in e]
+    return _thinned((e["step"], e[name]) for e in events if e["event"] == "step" and name in e)
+
+
+def terms(events: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """The loss's terms at the logged steps, before their weights: name -> as of ``steps``."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events:
+        for name, value in event.get("terms", {}).items():
+            found.setdefault(name, []).append((event["step"], value))
+    return {name: _thinned(points) for name, points in found.items()}
+
+
+def _thinned(points: Iterable[tuple[int, float]]) -> Curve:
+    found = list(points)
     width = -(-len(found) // POINTS) or 1
     bins = [found[at : at + width] for at in range(0, len(found), width)]
     return (

@@ -56,6 +56,13 @@ STEPS = {
         curves.PER_CENT,
     ),
 }
+TERMS = Panel(
+    "Terms of the loss per step",
+    "value, before its weight",
+    {},
+    "The objective and each penalty at the logged steps; the loss is the objective and the "
+    "weighted sum of the others, and a treatment pushes its own term down.",
+)
 PARTS = {"step": "steps", "data_wait": "waiting for data", "pause": "pauses"}
 
 
@@ -80,6 +87,9 @@ def run_page(run: Reported, pictures: Pictures) -> Page:
     found = curves.curves(run.events)
     panels = curves.panels(found)
     training: list[Block] = [*filter(None, (_steps(run, name) for name in ("loss", "lr")))]
+    if terms := curves.terms(run.events):
+        named = {name.replace("_", " "): curve for name, curve in terms.items()}
+        training.insert(1, lines("step-terms", TERMS, named, "step"))
     training += [of_panel(panel, found) for panel in panels if panel.group == "training"]
     diagnostics: list[Block] = [of_panel(p, found) for p in panels if p.group == "diagnostics"]
     if spectra := curves.spectra(run.events):

@@ -173,7 +173,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 # What the readers of a journal need of an event, and the fields that are numbers wherever they are.
-NEEDED = {"start": {"step"}, "epoch": {"epoch", "steps"}, "probe": {"epoch"}}
+NEEDED = {"start": {"step"}, "step": {"step"}, "epoch": {"epoch", "steps"}, "probe": {"epoch"}}
 NUMBERS = ("time", "step", "steps", "epoch", "loss", "lr", "images_per_second", "data_wait")
 
 
@@ -190,7 +190,8 @@ def _is_event(event: Any) -> bool:
     return (
         NEEDED.get(event["event"], set()) <= event.keys()
         and all(_is_number(event[name]) for name in NUMBERS if name in event)
-        and isinstance(event.get("diagnostics", {}), dict)
+        and all(isinstance(event.get(name, {}), dict) for name in ("diagnostics", "terms"))
+        and all(map(_is_number, event.get("terms", {}).values()))
     )
 
 
@@ -226,8 +227,9 @@ class StepMeter:
     """Times the steps of a run, averages their metrics, and writes its step, epoch and end events.
 
     ``batch_size`` is the number of images per step over all ranks. Every ``every`` steps a step
-    event gives loss, learning rate, images/s and the fraction of the time spent waiting for data,
-    the last two since the step event before. Every rank must make the same calls. In an epoch:
+    event gives loss, its unweighted terms where there are several, learning rate, images/s and the
+    fraction of the time spent waiting for data, the last two since the step event before. Every
+    rank must make the same calls. In an epoch:
 
         meter.begin_epoch(epoch, step)
         for batch in meter.batches(loader):
@@ -265,7 +267,10 @@ class StepMeter:
             self._fold()
         logged = step % self._every == 0
         if logged:
-            loss = dist.mean(metrics["loss"]).item()  # the only wait for the device
+            terms = {n: value.float() for n, value in metrics.items() if n != "online_probe"}
+            values = dist.mean(torch.stack([*terms.values()]))
+            known = dict(zip(terms, values.tolist(), strict=True))  # the only wait for the device
+            loss = known.pop("loss")
             self._clock.lap("step")
             spent = self._clock.seconds(self._since)
             self._journal.event(
@@ -273,6 +278,7 @@ class StepMeter:
                 step=step,
                 epoch=self._epoch,
                 loss=loss,
+                **({"terms": known} if known else {}),
                 lr=lr,
                 images_per_second=(step - self._logged) * self._batch_size / sum(spent.values()),
                 data_wait=spent["data_wait"] / sum(spent.values()),

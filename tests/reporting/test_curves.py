@@ -63,6 +63,16 @@ def test_an_interrupted_epoch_and_its_rest(tmp_path):
     }  # fmt: skip
 
 
+def test_the_terms_of_the_loss_at_the_logged_steps():
+    events = [
+        {"event": "step", "step": n, "loss": 3.0, "terms": {"objective": 1.0 + n, "sparsehead": n}}
+        for n in range(1, 4)
+    ]
+    wanted = {"objective": ([1, 2, 3], [2.0, 3.0, 4.0]), "sparsehead": ([1, 2, 3], [1, 2, 3])}
+    assert curves.terms([{"event": "start", "step": 0}, *events]) == wanted
+    assert curves.terms([{"event": "step", "step": 1, "loss": 3.0}]) == {}
+
+
 def test_many_logged_steps_become_means_of_neighbors():
     events = [{"event": "step", "step": n, "loss": n % 7} for n in range(1, 1001)]
     places, values = curves.steps(events, "loss")

@@ -69,7 +69,7 @@ def test_a_whole_run_has_everything(tmp_path):
     page = run_page(evaluated(tmp_path / "one"), pictures())
     assert names(page) == CURVES | {
         *("spectrum", "penalty-sparsehead", "step-images-per-second", "step-data-wait", "time"),
-        *("confusion", "views", "neighbors", "embedding"),
+        *("step-terms", "confusion", "views", "neighbors", "embedding"),
     }
     assert missing(page) == [] and page.about == "ended after 40 of 40 steps"
     for picture in page.pictures():

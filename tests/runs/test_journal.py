@@ -174,6 +174,7 @@ NOT_OURS = [
         ("loss", "1.5"), ("loss", [1.5]), ("loss", None), ("loss", True), ("loss", float("nan")),
         ("loss", 10**400), ("epoch", "0"), ("steps", {}), ("seconds", 3.0), ("seconds", {}),
         ("seconds", {**WHOLE["seconds"], "step": "2"}), ("diagnostics", "x"), ("step", [1]),
+        ("terms", [1.0]), ("terms", {"objective": "x"}),
     )),
     *({key: WHOLE[key] for key in WHOLE if key != name} for name in ("epoch", "steps")),
     {"event": "probe", "step": 1, "epoch": 0, "seconds": WHOLE["seconds"]},
@@ -341,7 +342,8 @@ def test_the_meter_logs_rates_and_averages_an_epoch(tmp_path, monkeypatch, kept)
             for loss in meter.batches(torch.arange(3.0) + epoch):
                 time.sleep(0.01)
                 step += 1
-                assert meter.step(step, {"loss": loss, "hits": loss / 2}, lr=0.1) == (step % 2 == 0)
+                metrics = {"loss": loss, "online_probe": 1 - loss, "hits": loss / 2}
+                assert meter.step(step, metrics, lr=0.1) == (step % 2 == 0)
                 assert all(len(values) < kept for values in meter._metrics.values())
             meter.end_epoch(step, lambda: {"rankme": 2.5})
             time.sleep(0.02)
@@ -353,6 +355,7 @@ def test_the_meter_logs_rates_and_averages_an_epoch(tmp_path, monkeypatch, kept)
     assert [(e["step"], e["epoch"], e["loss"], e["lr"]) for e in steps] == [
         (2, 0, 1.0, 0.1), (4, 1, 1.0, 0.1), (6, 1, 3.0, 0.1),
     ]  # fmt: skip
+    assert [e["terms"] for e in steps] == [{"hits": e["loss"] / 2} for e in steps]
     assert all(0 < e["images_per_second"] <= 1000 and 0 <= e["data_wait"] < 1 for e in steps)
     assert [(e["steps"], e["loss"], e["hits"]) for e in epochs] == [(3, 1.0, 0.5), (3, 2.0, 1.0)]
     assert all(e["diagnostics"] == {"rankme": 2.5} for e in epochs)

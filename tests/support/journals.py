@@ -36,16 +36,17 @@ def write_config(folder: Path, seed: int = 0, epochs: int = 4) -> Path:
 def write_journal(
     folder: Path, epochs: int = 4, first: int = 0, end: bool = False, **more: float
 ) -> Path:
-    """A journal of ``epochs`` epochs of 10 steps; ``more`` goes into each epoch's event."""
+    """A journal of ``epochs`` epochs of 10 steps; ``more`` are penalties, in every event."""
     folder.mkdir(parents=True, exist_ok=True)
     total = 10 * (first + epochs)
+    terms = {"terms": {"objective": 4.0, **more}} if more else {}
     with Journal(folder / "metrics.jsonl", main=True, total=total, start=10 * first) as book:
         book.event("start", steps=total)
         for epoch in range(first, first + epochs):
             for half in (5, 10):
                 book.event("step", step=10 * epoch + half, epoch=epoch, loss=9.0 - epoch,
                            lr=0.1 * (epoch + 1), images_per_second=100.0 + half,
-                           data_wait=0.25)  # fmt: skip
+                           data_wait=0.25, **terms)  # fmt: skip
             book.event(
                 "epoch",
                 step=10 * (epoch + 1),
