@@ -33,8 +33,12 @@ TITLES = {
     "published": "Published probes: an epoch of linear heads on new crops of a frozen encoder",
     "start": "Start: building a loader to its first batch, in a new process (seconds: 1 / rate)",
     "growth": "Growth: rate and memory against workers, pixels, batch, latents and epochs",
+    "encoders": "Encoders: models of timm through train, resume, evaluate and export",
+    "imagenet1k": "ImageNet-1k: a set of its size",
     "endtoend": "End to end: SimCLR from images to accuracy",
 }
+
+AXES = ("growth", "encoders", "imagenet1k")  # whose cases begin with what their rows differ in
 
 
 class Ratio(NamedTuple):
@@ -152,17 +156,18 @@ def rate(row: dict[str, Any]) -> str:
 
 def stage_cells(rows: Rows) -> list[list[str]]:
     """The cells of one case's table, without empty columns."""
-    unit, growth = rows[0]["unit"], rows[0]["stage"] == "growth"
-    first = rows[0]["case"].partition(":")[0] if growth else "engine"
+    unit, alone = rows[0]["unit"], rows[0]["stage"] in AXES
+    first = rows[0]["case"].partition(":")[0] if alone else "engine"
     cells = [[first, "role", f"{unit}/s", "slowest – fastest", "n", "share", "memory", "note"]]
     for row in rows:
         if row["missing"]:
-            cells.append([row["engine"], row["role"], *[""] * 5, f"missing: {row['missing']}"])
+            role = "" if alone else row["role"]
+            cells.append([row["engine"], role, *[""] * 5, f"missing: {row['missing']}"])
             continue
         cells.append(
             [
                 row["engine"],
-                "" if growth else row["role"],
+                "" if alone else row["role"],
                 number(row["rate"]),
                 f"{number(row['slowest'])} – {number(row['fastest'])}",
                 str(row["repeats"]),

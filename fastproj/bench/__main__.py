@@ -20,9 +20,11 @@ from fastproj.bench import (
     Row,
     chain,
     decode,
+    encoders,
     endtoend,
     growth,
     heads,
+    imagenet1k,
     loaders,
     neighbors,
     probe,
@@ -52,9 +54,11 @@ STAGES: dict[str, Callable[[Plan], list[Row]]] = {
     "published": published.run,
     "start": start.run,
     "growth": growth.run,
+    "encoders": encoders.run,
+    "imagenet1k": imagenet1k.run,
     "endtoend": endtoend.run,
 }
-ALONE = ("endtoend",)  # takes longer than all others together, so ``all`` leaves it out
+ALONE = ("encoders", "imagenet1k", "endtoend")  # take long, so ``all`` leaves them out
 SETS = ("photos", "squares", "small")
 PEERS = {"dali": "nvidia-dali-cuda120", "faiss": "faiss-cpu", "spdl": "spdl", "kornia": "kornia",
          "lightly": "lightly", "simplejpeg": "simplejpeg",

@@ -32,10 +32,13 @@ def draw(rows: Rows, path: str | Path) -> None:
     """Write the SVG. The same rows and matplotlib version give the same bytes."""
     panels = cases(row for row in rows if row["rate"] is not None)
     columns = 2
-    lines = max(1, -(-len(panels) // columns))
+    counts = list(map(len, panels.values())) or [0]
+    pairs = [counts[first : first + columns] for first in range(0, len(counts), columns)]
+    heights = [max(2.1, 0.18 * max(pair) + 0.7) for pair in pairs]  # inches
     figure, axes = plt.subplots(
-        lines, columns, figsize=(10, 2.1 * lines), squeeze=False, layout="constrained"
-    )
+        len(pairs), columns, figsize=(10, sum(heights)), height_ratios=heights, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for place, (stage, case) in zip(axes.flat, panels, strict=False):
         (_grow if stage == "growth" else _compare)(place, stage, case, panels[stage, case])
     for place in axes.flat[len(panels) :]:
