@@ -16,9 +16,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 
 from fastproj.core.errors import InputError
 
@@ -229,6 +230,19 @@ def mean(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def replicated(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module`` on ``device``, its gradients averaged over ranks; itself where there is one rank.
+
+    Each rank keeps its own buffers, which are rank 0's at the start.
+    """
+    if world_size() == 1:
+        return module
+    model = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+    # The argument is deprecated in torch 2.15, and 2.11 does not have the one after it.
+    model.broadcast_buffers = False
+    return model
 
 
 def any_true(flag: bool) -> bool:

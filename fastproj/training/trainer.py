@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastproj.augment.views import Augmentation
@@ -105,11 +105,7 @@ class Trainer:
         self.step = 0  # updates done
         if compile or graphs:
             self._compile()
-        self.model: nn.Module = learner
-        if dist.world_size() > 1:
-            ids = [self.device] if self.device.type == "cuda" else None
-            # Each rank keeps its own buffers; checkpoints have those of rank 0.
-            self.model = DistributedDataParallel(learner, device_ids=ids, broadcast_buffers=False)
+        self.model = dist.replicated(learner, self.device)  # checkpoints have rank 0's buffers
 
     def _check(self, augmentations: int) -> None:
         if self.graphs and (dist.world_size() > 1 or self.device.type != "cuda"):

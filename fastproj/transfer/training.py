@@ -10,7 +10,6 @@ import torch
 from pycocotools import mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from fastproj.core import dist
 from fastproj.core.errors import InputError
@@ -66,10 +65,7 @@ class DetectorTrainer:
             device.type, enabled=precision is torch.float16 and device.type == "cuda"
         )
         train_mode(detector)
-        self.model: nn.Module = detector
-        if dist.world_size() > 1:
-            ids = [device] if device.type == "cuda" else None
-            self.model = DistributedDataParallel(detector, device_ids=ids, broadcast_buffers=False)
+        self.model = dist.replicated(detector, device)
 
     def train_step(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """One update from this rank's images; the losses, ``loss`` their sum, on the device."""

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.parallel import DistributedDataParallel
 
 from fastproj.core import dist
 from fastproj.models.norm import synchronize
@@ -38,7 +37,7 @@ def steps() -> dict[str, Tensor | int]:
             counters.clear()
             if way == "compiled":  # the graphs are Inductor's, not the machine code
                 learner.compile(dynamic=False, backend="aot_eager")
-            model = DistributedDataParallel(learner, broadcast_buffers=False)
+            model = dist.replicated(learner, torch.device("cpu"))
             torch.manual_seed(1 + dist.rank())
             views = torch.randn(2 * IMAGES, 3, 8, 8)
             seen = model((views,), torch.arange(IMAGES) % CLASSES)
