@@ -60,8 +60,15 @@ def _cpu() -> str:
 
 
 def _git(root: Path) -> dict[str, Any] | None:
-    """Commit and whether files differ from it; None outside a checkout or without git."""
+    """Commit and whether files differ from it; None outside a checkout or without git.
+
+    An image has no ``.git``: its build writes ``git describe --always --dirty`` into ``.commit``.
+    """
     if not (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            if described := (root / ".commit").read_text().strip():
+                commit, dirty, _ = described.partition("-dirty")
+                return {"commit": commit, "dirty": bool(dirty)}
         return None
     command = ("git", "-C", str(root))
     try:
