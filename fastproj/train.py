@@ -5,6 +5,7 @@ the detached features beside it. On several GPUs: ``torchrun --nproc-per-node 8 
 ``--run.resume runs/NAME`` goes on with a run that was stopped, as its ``config.yaml`` says;
 ``--run.name NAME --run.resume auto`` starts it or goes on, whichever there is to do. With
 ``train.online_every``, the probe and kNN are scored on ``data.val`` while the run is under way.
+``--run.resume runs/NAME --run.extend EPOCHS`` gives a finished run more epochs.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -60,14 +61,16 @@ def train(settings: Settings) -> Path:
         with dist.together():
             if dist.is_main():
                 check_sinks(settings.train.log_to or ())
-            found = resume.find_checkpoint(run, settings.run.resume)
+            found = resume.find_checkpoint(run, settings.run.resume, settings.run.extend)
         dist.require_same({"the newest checkpoint": found and found.name})
         trainer = build_trainer(settings, rank, device)
+        had = None  # epochs of a run that is extended
         with dist.together():
             online = _online(settings)
             if found:
                 beton, load = trainer.loader.beton, trainer.load_state_dict
-                resume.restore(found, settings.flat(), beton.manifest.content, beton.path, load)
+                content = beton.manifest.content
+                had = resume.restore(found, settings.flat(), content, beton.path, load)
             elif settings.train.init_from:
                 _initialize(trainer, Path(settings.train.init_from))
             journal = _open_journal(run, found, trainer, settings)
@@ -78,7 +81,9 @@ def train(settings: Settings) -> Path:
             checkpoint.Writer() as writer,
             dist.losing_ranks(),
         ):
-            _loop(trainer, online, journal, writer, run.checkpoints, interruption, settings)
+            if had is not None:
+                _say_extended(trainer, had)
+            _loop(trainer, online, journal, writer, run, interruption, settings, had is not None)
     finally:
         dist.stop()
     if interruption.signal:
@@ -94,6 +99,19 @@ def _initialize(trainer: Trainer, path: Path) -> None:
         learner.teacher[0].load_state_dict(learner.encoder.state_dict())
     if dist.is_main():
         print(f"encoder from {found}; all but the encoder starts anew", file=sys.stderr)
+
+
+def _say_extended(trainer: Trainer, before: int) -> None:
+    """Say how the schedule goes on in a run that had ``before`` epochs."""
+    (group, *_), epochs = trainer.optimizer.param_groups, trainer.epochs
+    last = group["lr"]
+    trainer.set_rates()
+    if dist.is_main():
+        print(
+            f"extended from {before} to {epochs} epochs: the learning rate goes from {last:.4g} to "
+            f"{group['lr']:.4g}, as every schedule to where a run of {epochs} epochs has it here",
+            file=sys.stderr,
+        )
 
 
 def _open_journal(
@@ -167,9 +185,10 @@ def _loop(
     online: OnlineAccuracy | None,
     journal: Journal,
     writer: checkpoint.Writer,
-    checkpoints: Path,
+    run: RunFolder,
     interruption: Interruption,
     settings: Settings,
+    extended: bool,
 ) -> None:
     optim, how, first = settings.optim, settings.train, trainer.step
     last = min(trainer.total_steps, first + (how.stop_after or trainer.total_steps))
@@ -178,12 +197,14 @@ def _loop(
 
     def save() -> None:
         if dist.is_main():
-            path = checkpoint.step_path(checkpoints, trainer.step)
+            path = checkpoint.step_path(run.checkpoints, trainer.step)
             told = partial(journal.event, "checkpoint", step=trainer.step, file=path.name)
             writer.save(path, _state(trainer, settings), how.keep, told)
         meter.pause()
 
-    if first == 0:
+    if extended and dist.is_main():  # the journal has no end any more, so a resume goes on
+        resume.write_epochs(run, optim.epochs)
+    if first == 0 or extended:
         save()  # so that a run killed in its first epoch can be resumed as well
         writer.wait()
     while trainer.step < last:

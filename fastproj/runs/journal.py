@@ -150,8 +150,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """The events of a ``metrics.jsonl``, each step counted once.
 
     A ``start`` at step s after a kill means that what was logged beyond s was done again: those
-    events are left out. So is the half line that a kill, or a writer at work, leaves at the end.
-    Raises ``InputError`` if the file is missing or another line is no event of a run.
+    events are left out. So are the ``end`` of a run that was extended, and the half line that a
+    kill, or a writer at work, leaves at the end. Raises ``InputError`` if the file is missing or
+    another line is no event of a run.
     """
     path = Path(path)
     try:
@@ -167,7 +168,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         if not _is_event(event):
             raise InputError(f"{path}, line {number} is no JSON object of a run: delete that line")
         if event["event"] == "start":
-            events = [old for old in events if old.get("step", 0) <= event["step"]]
+            before = [old for old in events if old.get("step", 0) <= event["step"]]
+            events = [old for old in before if old["event"] != "end"]
         events.append(event)
     return events
 

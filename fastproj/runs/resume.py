@@ -4,6 +4,7 @@ For every command that trains: settings come as ``section.name`` -> value, data 
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from fastproj.runs.sinks import Sinks
 AUTO = "auto"  # of run.resume: start where there is nothing, go on where there is something
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
 FREE_TO_CHANGE = (
-    *("run.name", "run.dir", "run.device", "run.resume", "run.timeout"),
+    *("run.name", "run.dir", "run.device", "run.resume", "run.extend", "run.timeout"),
     *("data.", "train.", "eval."),
 )
 
@@ -49,14 +50,21 @@ def nothing_to_do(run: RunFolder, resume: str | None) -> bool:
     return True
 
 
-def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
-    """The checkpoint to resume from; InputError where the folder and ``resume`` do not agree."""
+def find_checkpoint(run: RunFolder, resume: str | None, extend: int | None = None) -> Path | None:
+    """The checkpoint to resume from; InputError where the folder and ``resume`` do not agree.
+
+    ``extend``: the epochs to which those of a finished run are raised.
+    """
     found = checkpoint.latest(run.checkpoints)
     done = finished(run)
     if found and resume is None and not done:
-        with _fitting(found):  # a kill may have come between the last checkpoint and "end"
-            state = checkpoint.load(found)
-            done = state["cursor"][0] >= state["settings"].get("optim.epochs", math.inf)
+        reached, epochs = _epochs(found)  # a kill may have come between it and "end"
+        done = reached >= epochs
+    if found and done and extend is not None:
+        epochs = _epochs(found)[1]
+        if extend <= epochs:
+            raise InputError(f"run.extend {extend}: {run.path} has {epochs} epochs: give more")
+        done = False
     if done:
         raise InputError(f"{run.path} holds a finished run: give another --run.name, or remove it")
     if resume not in (None, AUTO) and found is None:
@@ -71,24 +79,47 @@ def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
     return found
 
 
+def _epochs(path: Path) -> tuple[int, float]:
+    """The epochs that the run has done at the checkpoint, and all that it has."""
+    with _fitting(path):
+        state = checkpoint.load(path)
+        return state["cursor"][0], state["settings"].get("optim.epochs", math.inf)
+
+
 def restore(
     path: Path,
     settings: Mapping[str, Any],
     content: str,
     data: Path,
     load: Callable[[dict[str, Any]], None],
-) -> None:
+) -> int | None:
     """Give ``load`` the state in the checkpoint ``path``, after comparing settings and data.
 
-    ``content``: the digest of the data in the file ``data``. Raises ``InputError`` where the
-    checkpoint is of another run or of other data, and where ``load`` fails.
+    ``content``: the digest of the data in the file ``data``. Returns the epochs that the run had
+    where it is extended: all of them are done, and ``settings`` have more. Raises ``InputError``
+    where the checkpoint is of another run or of other data, and where ``load`` fails.
     """
     with _fitting(path):
         state = checkpoint.load(path)
-        _require_same(state["settings"], settings, path)
+        before, wanted = state["settings"], settings.get("optim.epochs", 0)
+        epochs = before.get("optim.epochs", wanted)
+        extended = epochs < wanted and epochs <= state["cursor"][0]
+        if extended:
+            before = {**before, "optim.epochs": wanted}
+        _require_same(before, settings, path)
         if state["data"] != content:
             raise InputError(f"{path} was trained on other data than {data}: resume on that data")
         load(state)
+    return epochs if extended else None
+
+
+def write_epochs(run: RunFolder, epochs: int) -> None:
+    """Write ``epochs`` to the run's ``config.yaml``, of which nothing else changes."""
+    text, own = run.config.read_text(), r"(?m)^(optim:\n(?:  .*\n)*?  epochs: ).*$"
+    text, written = re.subn(own, rf"\g<1>{epochs}  # command line", text, count=1)
+    if not written:
+        raise InputError(f"{run.config}: no line optim.epochs as training wrote it: put it back")
+    write_text(run.config, text)
 
 
 def open_journal(

@@ -63,6 +63,11 @@ def _read(schema: Schema[S], argv: Sequence[str], prog: str, description: str) -
             config = RunFolder.open(folder).config
             # ``stop_after`` was the earlier start's own.
             argv = ["--train.stop_after", "null", *argv]
+            settings = load(schema, argv, prog, description, config=config)
+            epochs = settings.flat().get("run.extend")
+            if epochs is None:
+                return settings
+            argv = [*argv, f"--optim.epochs={epochs}"]
             return load(schema, argv, prog, description, config=config)
     return load(schema, argv, prog, description)
 

@@ -322,9 +322,24 @@ class Trained(Loaded):
 
 
 @dataclass(frozen=True)
+class Pretrained(Run):
+    """the run and its folder"""
+
+    extend: int | None = setting(
+        OrNull(Int(1)),
+        "raise optim.epochs of the finished run to this: the learning rate jumps to where a run of"
+        " so many epochs has it",
+        needs=Needs(
+            "run.resume names a run", ("run.resume",), lambda resume: resume not in (None, "auto")
+        ),
+    )
+
+
+@dataclass(frozen=True)
 class Settings(Trained):
     """A run's settings: ``settings.optim.lr``. All of them go into its ``config.yaml``."""
 
+    run: Pretrained
     data: Data
     views: Views
     model: Model

@@ -172,8 +172,7 @@ class Trainer:
         Returns scalars that are still on the device: ``loss`` (the weighted sum), ``online_probe``
         (its accuracy) and, with penalties, every unweighted term.
         """
-        warmup = min(self.warmup_epochs * len(self.loader), self.total_steps)
-        set_rates(self.optimizer, self.step, self.total_steps, warmup, self.warmup_lr)
+        self.set_rates()
         self._seed()
         if self.graphs:  # from here on, outputs of the last step's graphs may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
@@ -197,6 +196,11 @@ class Trainer:
         self._after_update(parts, updated)
         self.step += 1
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+
+    def set_rates(self) -> None:
+        """Set the learning rates of the next step."""
+        warmup = min(self.warmup_epochs * len(self.loader), self.total_steps)
+        set_rates(self.optimizer, self.step, self.total_steps, warmup, self.warmup_lr)
 
     def _seed(self) -> None:
         """Seed from (seed, step, rank), so a resumed run draws the same numbers."""
