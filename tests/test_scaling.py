@@ -118,6 +118,23 @@ def network() -> Iterator[str]:
                 yield line("", link, *(f"{1e3 * t:.1f} ms" for t in times))
 
 
+def test_what_a_rank_holds_follows_from_the_columns_of_a_row() -> None:
+    """Bytes per image in memory: a beton's columns, the hash and whether it was seen, an order."""
+    from fastproj.data.layout import HASH_BYTES
+
+    images = SETS["ImageNet-1k"]
+    opened, first, order = (
+        int(megabytes) for megabytes in re.findall(r"\| (\d+) MB(?: each)? \| \d+ \|", PAGE)
+    )
+    columns = 6 * 8 + 1  # width, height, pointer, length, label, index; the mode is a byte
+    (manifest,) = re.findall(r"(\d+) MB of JSON", PAGE)
+    assert opened * 1e6 / images == pytest.approx(columns + int(manifest) * 1e6 / images, rel=0.03)
+    assert first * 1e6 / images >= HASH_BYTES + 1  # and the bytes of the manifest that it is from
+    assert order * 1e6 / images == pytest.approx(8, rel=0.05)
+    held = opened + first + 4 * order
+    assert f"{opened} + {first} + 4 · {order} = {held} MB" in PAGE
+
+
 TABLES = [row for table in (reading, stores, cached, resident, fsdp, network) for row in table()]
 
 
