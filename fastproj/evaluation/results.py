@@ -25,8 +25,8 @@ class Row:
     ``data``: name of the data set. ``probe``: its name in ``PROBES``. ``metrics``: name -> score,
     accuracies as fractions in [0, 1]. ``protocol``: everything that repeating the row takes, with
     the parts ``data``, ``features`` and ``probe``. ``seconds``: of ``features`` and ``probe``.
-    ``predictions``: a NumPy file, int64, one class per val image; its path is relative to the run
-    folder. None where none was kept.
+    ``predictions``: a NumPy file, one class per val image, in the smallest unsigned type that holds
+    them; its path is relative to the run folder. None where none was kept.
     """
 
     encoder: str
@@ -61,7 +61,8 @@ def write_evaluation(
     for path, classes in predictions.items():
         file = run.path / path
         content = io.BytesIO()
-        np.save(content, classes.cpu().numpy())
+        kept = classes.cpu().numpy()
+        np.save(content, kept.astype(np.min_scalar_type(kept.max(initial=0))))
         try:
             file.parent.mkdir(exist_ok=True)
         except OSError as error:

@@ -28,7 +28,7 @@ def test_what_is_written_is_read(tmp_path):
     write_evaluation(run, EVALUATION, {"features/a.npy": classes})
     assert read_evaluation(run) == EVALUATION
     kept = np.load(run.path / read_evaluation(run).rows[0].predictions)
-    assert kept.dtype == np.int64 and kept.tolist() == [3, 1, 2]
+    assert kept.dtype == np.uint8 and kept.tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize(
