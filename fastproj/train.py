@@ -27,6 +27,7 @@ from fastproj.core.device import choose_device, prepare_device
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256
 from fastproj.core.interruption import Interruption
+from fastproj.core.watchdog import watched
 from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.load import load_weights
 from fastproj.evaluation.online import OnlineAccuracy
@@ -196,6 +197,7 @@ def _loop(
     journal.event("start", step=first, steps=trainer.total_steps, loader=trainer.loader.reason)
 
     def save() -> None:
+        trainer.loader.first_read.check_file()  # what was trained on data that changed is not kept
         if dist.is_main():
             path = checkpoint.step_path(run.checkpoints, trainer.step)
             told = partial(journal.event, "checkpoint", step=trainer.step, file=path.name)
@@ -210,7 +212,7 @@ def _loop(
     while trainer.step < last:
         epoch = trainer.loader.cursor[0]
         meter.begin_epoch(epoch, trainer.step)
-        for batch in meter.batches(trainer.epoch()):
+        for batch in meter.batches(watched(trainer.epoch(), how.patience)):
             if trainer.step == first:
                 journal.picture("views", partial(_sheet, trainer, batch), first)
                 meter.pause()

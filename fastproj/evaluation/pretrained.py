@@ -2,7 +2,9 @@
 
 import ast
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +61,8 @@ class Pretrained:
 
     def build_at_random(self) -> nn.Module:
         """The encoder with new random weights, on the CPU."""
-        return build_encoder(self.encoder, self.stem or "cifar", self.size)  # one of them is read
+        with _as_told(self.file):
+            return build_encoder(self.encoder, self.stem or "cifar", self.size)  # one is read
 
     def build_projector(self) -> Projector | None:
         """The projector with its weights, on the CPU; None where the file has none."""
@@ -70,8 +73,25 @@ class Pretrained:
             for name, value in self.settings.items()
             if name.startswith("projector.")
         }
-        projector = build_projector(told.pop("kind"), num_features(self.build_at_random()), **told)
+        width = num_features(self.build_at_random())
+        with _as_told(self.file):
+            projector = build_projector(told.pop("kind"), width, **told)
         return _filled(projector, self.projector, f"{self.file}: its projector")
+
+
+@contextmanager
+def _as_told(file: Path) -> Iterator[None]:
+    """Turn whatever building what a foreign or altered file tells raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # missing entries, other types: a dozen exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{file} tells of no encoder or projector that there is ({type(error).__name__}: "
+            f"{reason}): give another checkpoint"
+        ) from error
 
 
 def _filled(module: M, weights: Mapping[str, Tensor], what: str) -> M:
@@ -124,6 +144,12 @@ def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
     try:
         made = state["settings"]
         encoder = made["model.encoder"]
+        for name in ("mean", "std"):
+            if len(state[name]) != 3 or not all(map(math.isfinite, state[name])):
+                raise KeyError(name)
+        for name in ("step", "epoch"):
+            if type(state[name]) is not int:
+                raise KeyError(name)
         return Pretrained(
             encoder=encoder,
             stem=made.get("model.stem"),
@@ -134,7 +160,7 @@ def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
             projector=state["projector"],
             **{name: state[name] for name in ("mean", "std", "step", "epoch", "data")},
         )
-    except (KeyError, TypeError) as error:
+    except Exception as error:  # settings may be anything, a tensor too
         raise InputError(
             f"{path} is no whole checkpoint of fastproj.train, it lacks {error}: give another one"
         ) from None

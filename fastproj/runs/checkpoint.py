@@ -38,11 +38,12 @@ def save(path: str | Path, state: dict[str, Any], keep: int) -> None:
     ``state`` holds what ``torch.load(weights_only=True)`` reads: tensors, plain numbers and text,
     and dicts, lists and tuples of them. A reader never sees half a file. Raises ``InputError`` when
     the file cannot be written (full disk, no permission); the older checkpoints are then all still
-    there and the unfinished file is not.
+    there and the unfinished file is not. The folder is made, but not the one above it: half of a
+    run's folder that was removed would come back.
     """
     path = Path(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
         torch.save(state, file)
     others = sorted(set(_all(path.parent)) - {path}, key=_step, reverse=True)

@@ -309,6 +309,9 @@ class Train:
         OrNull(File()),
         "checkpoint, export or other library's file whose encoder a new run starts from",
     )
+    patience: int = setting(
+        _count, "seconds for a batch; then the run ends, and says which worker hangs", 300
+    )
     stop_after: int | None = setting(
         OrNull(_count), "leave after this many steps, as if interrupted"
     )

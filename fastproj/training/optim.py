@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.core.errors import InputError
 from fastproj.models.architectures import undecayed
 from fastproj.training import OPTIMIZERS
 
 Group = dict[str, Any]
+HOW = ("foreach", "fused", "capturable", "differentiable")  # of a group: another device's differ
 SMALL = 2**18  # elements: LARS scales tensors of at most this size together (1 MB of factors each)
 
 
@@ -214,3 +216,27 @@ def cosine(first: float, last: float, progress: float) -> float:
 def linear(values: Sequence[float], progress: float) -> float:
     """Linear from the first value at progress 0 to the last at 1; a single value is constant."""
     return values[0] + (values[-1] - values[0]) * progress
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict``, which checks little else than how many parameters there are.
+
+    Raises ``InputError`` where a parameter's state lacks an entry that others have, or is of
+    another shape or not finite, and where a group's hyperparameters are others.
+    """
+    known = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, known, strict=True):
+        for name in own.keys() - {"params", "lr", *HOW}:
+            if group.setdefault(name, own[name]) != own[name]:  # an older torch has fewer
+                raise InputError(f"the optimizer's {name} is {group[name]}, not {own[name]}")
+    entries = {name for of_one in optimizer.state.values() for name in of_one}
+    for parameter, of_one in optimizer.state.items():
+        for name in entries:
+            value = of_one.get(name)
+            whole = isinstance(value, Tensor) and value.shape in (parameter.shape, ())
+            if not whole or not value.isfinite().all():
+                raise InputError(
+                    f"the optimizer's {name} of a parameter is missing, not finite or of another "
+                    "shape: take an older checkpoint"
+                )

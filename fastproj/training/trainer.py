@@ -17,7 +17,7 @@ from fastproj.models.finite import require_finite
 from fastproj.objective.penalties import proximal_step_
 from fastproj.training.diagnostics import Diagnostics
 from fastproj.training.learner import Learner, StepOutput
-from fastproj.training.optim import cosine, linear, set_rates
+from fastproj.training.optim import cosine, linear, load_optimizer, set_rates
 
 
 class Trainer:
@@ -308,7 +308,7 @@ class Trainer:
         for name, part in self.learner.named_children():
             part.load_state_dict(state[name])
             require_finite(part.state_dict(), name)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = step
         self.loader.seek(epoch, place)

@@ -20,6 +20,7 @@ from fastproj.prepare.encode import Store
 from fastproj.runs import checkpoint, journal
 from fastproj.settings import RUN, load
 from fastproj.train import main, train
+from fastproj.training.trainer import Trainer
 from tests.support.betons import digit_like, write
 
 BASE = {
@@ -282,6 +283,31 @@ def test_a_second_sigterm_ends_a_rank_that_waits_for_another(beton: Beton, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.soak
+def test_a_resume_may_have_another_number_of_ranks(beton: Beton, tmp_path: Path) -> None:
+    """2, then 1, then 4: the run of one rank but for rounding; views draw nothing by rank here."""
+    same = {f"views__{name}_prob": 0 for name in ("flip", "jitter", "gray", "blur")}
+    same |= {"model__sync_bn": True, "run__resume": "auto"}
+    whole = run(beton, tmp_path, run__name="whole", **same)
+    for world, more in ((2, {"train__stop_after": 3}), (1, {"train__stop_after": 2}), (4, {})):
+        own = options(beton, tmp_path, run__name="changed", **same, **more)
+        if world == 1:
+            main(own)
+            continue
+        for process in ranks(*[own] * world):
+            code, errors = end(process)
+            assert code == 0, errors
+    events = journal.read(tmp_path / "changed" / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "start"] == [0, 3, 5]
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 9))
+    a, b = (checkpoint.latest(place / "checkpoints") for place in (whole, tmp_path / "changed"))
+    assert a and b and a.name == b.name
+    for name, tensor in checkpoint.load(a)["encoder"].items():
+        other = checkpoint.load(b)["encoder"][name]
+        torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_was_killed(beton: Beton, tmp_path: Path) -> None:
     """With ``run.resume auto`` the weights end as in a run that nothing disturbed."""
 
@@ -314,3 +340,72 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(beton: Beton, tmp_path: P
     assert a and b and a.name == b.name == "step-00000160.pt"
     for name, tensor in checkpoint.load(a)["encoder"].items():
         assert torch.equal(tensor, checkpoint.load(b)["encoder"][name]), name
+
+
+def test_what_was_trained_on_data_that_changed_is_not_kept(
+    beton: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(beton.path.parent, tmp_path / "data")) / beton.path.name
+    step = Trainer.train_step
+
+    def overwrite_after_five(self, batch):  # steps: in the second epoch, when all were read
+        if self.step == 5:
+            with copy.open("r+b") as file:
+                file.seek(beton.pointer[7])
+                file.write(bytes(100))
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", overwrite_after_five)
+    with pytest.raises(InputError, match="was written to or cut since it was opened"):
+        run(beton, tmp_path, data__train=copy)
+    newest = checkpoint.latest(tmp_path / "r" / "checkpoints")
+    assert newest and newest.name == "step-00000004.pt"
+
+
+HANG = """
+from fastproj.data.verify import FirstRead
+from time import sleep
+
+check, calls = FirstRead.check, []
+
+def check_for_ever(self, positions):
+    calls.append(1)
+    check(self, positions)
+    if len(calls) == 6:  # as on a disk that does not answer any more
+        sleep(1000)
+
+FirstRead.check = check_for_ever
+"""
+
+
+def test_a_thread_that_hangs_ends_the_run_with_its_name_and_stack(
+    beton: Beton, tmp_path: Path
+) -> None:
+    (tmp_path / "hang.py").write_text(HANG)
+    arguments = options(beton, tmp_path, train__patience=5, data__engine="stream")
+    process = command([*arguments, "--plugins", str(tmp_path / "hang.py")])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert "no batch came for 5 s, from thread fastproj-stream_" in line
+    assert "(check_for_ever, " in line and "--run.resume" in line
+    assert "most recent call first" in errors and "hang.py" in errors
+    assert checkpoint.latest(tmp_path / "r" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_hangs_ends_the_run_and_dies(beton: Beton, tmp_path: Path) -> None:
+    arguments = options(beton, tmp_path, train__patience=5, optim__epochs=4000)
+    process = command([*arguments, "--data.engine", "reference", "--data.workers", "1"])
+    wait_for_step(tmp_path / "r", 3, process)
+    worker = None
+    while worker is None:  # each epoch has a new one
+        for child in psutil.Process(process.pid).children():
+            worker = child
+            worker.suspend()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    line = next(line for line in errors.splitlines() if line.startswith("error: "))
+    assert "no batch came for 5 s, from process " in line and "(stopped)" in line
+    psutil.wait_procs([worker], 20)
+    assert not worker.is_running()

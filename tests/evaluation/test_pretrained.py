@@ -56,7 +56,18 @@ def test_what_is_no_encoder_is_not_exported(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("state", [{"settings": {}}, {"settings": "x"}, {"settings": None}])
+@pytest.mark.parametrize(
+    "state", [{"settings": {}}, {"settings": "x"}, {"settings": torch.zeros(1)}]
+)
 def test_a_foreign_checkpoint_is_one_line(state: dict) -> None:
     with pytest.raises(InputError, match="step-3.pt is no whole checkpoint of fastproj.train"):
         of_checkpoint({"encoder": {}, **state}, Path("step-3.pt"))
+
+
+@pytest.mark.parametrize("change", [{"projector": {}}, {"encoder": 7}], ids=str)
+def test_settings_that_tell_of_nothing_are_one_line(pretrained: Pretrained, change: dict) -> None:
+    damaged = replace(pretrained, **change)
+    with pytest.raises(InputError, match="step-3.pt tells of no encoder or projector") as refused:
+        damaged.build()
+        damaged.build_projector()
+    assert "\n" not in str(refused.value)

@@ -3,13 +3,17 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.faults.entries import ENTRIES, FORK, NEED_ROOT, Entry
+from tests.faults.entries import FORK, NEED_ROOT, Entry
+from tests.faults.table import ENTRIES
+
+LONGEST = 600  # seconds of one try
 
 
 def _report(entry: Entry, seed: int, folder: Path, answer: Connection) -> None:
@@ -19,45 +23,48 @@ def _report(entry: Entry, seed: int, folder: Path, answer: Connection) -> None:
         answer.send(f"the try itself: {type(error).__name__}: {error}")
 
 
-def attempt(entry: Entry, seed: int) -> str:
-    """What one try lost; it runs in a process of its own, in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        reader, writer = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_report, args=(entry, seed, Path(folder), writer))
-        process.start()
-        writer.close()
-        try:
-            lost = reader.recv() if reader.poll(120) else "time: no answer within 120 s"
-        except EOFError:
-            lost = "the process that tried"
-        process.kill()
-        process.join()
-        return lost.replace(folder, "DIR")
+def attempt(entry: Entry, seed: int, shared: Path) -> str:
+    """What one try lost; it runs in a process of its own, in an empty folder in ``shared``."""
+    folder = shared / f"{entry.__name__}-{seed}"
+    folder.mkdir()
+    reader, writer = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_report, args=(entry, seed, folder, writer))
+    process.start()
+    writer.close()
+    try:
+        lost = reader.recv() if reader.poll(LONGEST) else f"time: no answer within {LONGEST} s"
+    except EOFError:
+        lost = "the process that tried"
+    process.kill()
+    process.join()
+    shutil.rmtree(folder)
+    return lost.replace(str(folder), "DIR")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--tries", type=int, default=100, help="tries of each fault: seeds 0, 1, …")
-    parser.add_argument("--only", choices=ENTRIES, help="one fault")
+    parser.add_argument("--only", choices=ENTRIES, nargs="+", help="some of the faults")
     parser.add_argument("--out", type=Path, help="JSON; faults that did not run stay as they are")
     given = parser.parse_args()
     results = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
-    for name in [given.only] if given.only else ENTRIES:
-        if name in NEED_ROOT and os.geteuid():
-            print(f"{name}: skipped, only root may mount a small disk")
-            continue
-        losses = [attempt(ENTRIES[name], seed) for seed in range(given.tries)]
-        results[name] = {
-            "fault": ENTRIES[name].__doc__,
-            "tried": given.tries,
-            "survived": losses.count(""),
-            "lost": dict(Counter(filter(None, losses))),
-            "command": f"python -m tests.faults --only {name} --tries {given.tries}",
-        }
-        print(f"{name}: {losses.count('')} of {given.tries} survived", *filter(None, losses),
-              sep="\n  ", flush=True)  # fmt: skip
-        if given.out:
-            given.out.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as shared:
+        for name in given.only or ENTRIES:
+            if name in NEED_ROOT and os.geteuid():
+                print(f"{name}: skipped, only root may mount a small disk")
+                continue
+            losses = [attempt(ENTRIES[name], seed, Path(shared)) for seed in range(given.tries)]
+            results[name] = {
+                "fault": ENTRIES[name].__doc__,
+                "tried": given.tries,
+                "survived": losses.count(""),
+                "lost": dict(Counter(filter(None, losses))),
+                "command": f"python -m tests.faults --only {name} --tries {given.tries}",
+            }
+            print(f"{name}: {losses.count('')} of {given.tries} survived", *filter(None, losses),
+                  sep="\n  ", flush=True)  # fmt: skip
+            if given.out:
+                given.out.write_text(json.dumps(results, indent=1) + "\n")
     sys.exit(any(result["survived"] < result["tried"] for result in results.values()))
 
 

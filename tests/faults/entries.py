@@ -198,13 +198,4 @@ def write_to_a_read_only_disk(seed: int, folder: Path) -> str:
 
 
 Entry = Callable[[int, Path], str]
-ENTRIES: dict[str, Entry] = {
-    entry.__name__: entry
-    for entry in (
-        kill_beton_writer,
-        kill_checkpoint_writer,
-        fill_disk_under_beton_writer,
-        write_to_a_read_only_disk,
-    )
-}
 NEED_ROOT = {"fill_disk_under_beton_writer", "write_to_a_read_only_disk"}

@@ -5,35 +5,89 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.faults.entries import BETWEEN, ENTRIES, NEED_ROOT
+from tests.faults.entries import BETWEEN, NEED_ROOT
+from tests.faults.inputs import INPUTS
+from tests.faults.sanitized import FAULT, NAME
+from tests.faults.table import ENTRIES
 
 ROOT = Path(__file__).parents[2]
 
 
-@cache
-def results(tries: int, out: Path) -> dict[str, dict]:
+SLOW = {"kill_evaluate", "kill_study", "signal_trainer", "remove_folder_under_trainer"}
+LONG = {"train_long"}  # 10 s for a try
+# Only root may mount a small disk.
+POSSIBLE = [name for name in ENTRIES if name not in NEED_ROOT or os.geteuid() == 0]
+
+
+def results(module: str, out: Path, *arguments: str) -> dict[str, dict]:
     """In a new process: this one may have computed gradients, or started worker processes."""
     subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--tries", str(tries), "--out", out],
-        cwd=ROOT, stdout=subprocess.DEVNULL, timeout=550,
+        [sys.executable, "-m", module, "--out", out, *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, timeout=1800,
     )  # fmt: skip
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-@pytest.mark.parametrize("tries", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.soak])])
-def test_nothing_is_lost(name: str, tries: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    if name in NEED_ROOT and os.geteuid():
-        pytest.skip("only root may mount a small disk")
-    result = results(tries, tmp_path_factory.getbasetemp() / f"faults-{tries}.json")[name]
-    assert result["tried"] == tries
-    assert result["survived"] + sum(result["lost"].values()) == tries
-    assert result["lost"].keys() <= {BETWEEN}, result
+def survives(names: Sequence[str], tries: int, folder: Path) -> None:
+    out = folder / f"{names[0]}.json"
+    found = results("tests.faults", out, "--tries", str(tries), "--only", *names)
+    for name in names:
+        result = found[name]
+        assert result["tried"] == tries
+        assert result["survived"] + sum(result["lost"].values()) == tries
+        assert result["lost"].keys() <= {BETWEEN}, result
+
+
+def test_nothing_is_lost(tmp_path: Path) -> None:
+    survives([name for name in POSSIBLE if name not in SLOW | LONG], 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_is_lost_of_what_takes_long(tmp_path: Path) -> None:
+    survives(sorted(SLOW), 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_nothing_is_lost_in_many_tries(tmp_path: Path) -> None:
+    survives([name for name in POSSIBLE if name not in LONG], 100, tmp_path)
+    survives(sorted(LONG), 1, tmp_path)
+
+
+def refused_or_equal(cases: int, folder: Path) -> None:
+    found = results("tests.faults.fuzz", folder / "fuzzed.json", "--cases", str(cases))
+    assert set(found) == set(INPUTS)
+    for result in found.values():
+        assert not result["lost"], result
+        assert result["survived"] == result["tried"] >= min(cases, 1000)
+
+
+def test_hostile_input_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
+    refused_or_equal(40, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_hostile_input_in_many_cases(tmp_path: Path) -> None:
+    refused_or_equal(14_000, tmp_path)
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(30_000, marks=[pytest.mark.soak])])
+def test_the_sanitizers_find_nothing_in_the_c_code(cases: int, tmp_path: Path) -> None:
+    asan = subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True)
+    if "/" not in asan:
+        pytest.skip("gcc has no AddressSanitizer here")
+    out = tmp_path / "sanitized.json"
+    result = results("tests.faults.sanitized", out, "--cases", str(cases))[NAME]
+    assert not result["lost"] and result["survived"] == cases, result
 
 
 def test_the_page_is_what_the_tool_writes() -> None:
@@ -43,5 +97,6 @@ def test_the_page_is_what_the_tool_writes() -> None:
     spec.loader.exec_module(tool)
     results = json.loads(tool.RESULTS.read_text("utf-8"))
     assert tool.PAGE.read_text("utf-8") == tool.page(results), "run python tools/reliability.py"
-    assert set(results) == set(ENTRIES), "run python -m tests.faults --out docs/reliability.json"
-    assert all(result["fault"] == ENTRIES[name].__doc__ for name, result in results.items())
+    told = {name: entry.__doc__ for name, entry in ENTRIES.items()}
+    told |= {name: f"fuzzed: {kind.__doc__}" for name, kind in INPUTS.items()} | {NAME: FAULT}
+    assert {name: result["fault"] for name, result in results.items()} == told

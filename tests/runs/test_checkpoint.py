@@ -64,7 +64,7 @@ def run_forked(target, *args) -> int:
 
 def test_what_is_saved_is_loaded(tmp_path):
     saved = state(7)
-    path = checkpoint.step_path(tmp_path / "new" / "folder", 7)
+    path = checkpoint.step_path(tmp_path / "new", 7)
     checkpoint.save(path, saved, keep=1)
     assert path.name == "step-00000007.pt"
     assert equal(checkpoint.load(path), saved)
@@ -218,6 +218,13 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write .* fix the permissions"):
         checkpoint.save(checkpoint.step_path(tmp_path / "file", 1), {}, keep=1)
+
+
+def test_a_removed_run_folder_does_not_come_back_in_half(tmp_path):
+    path = checkpoint.step_path(tmp_path / "removed" / "checkpoints", 1)
+    with pytest.raises(InputError, match="cannot write .*No such file or directory"):
+        checkpoint.save(path, {}, keep=1)
+    assert not (tmp_path / "removed").exists()
 
 
 def save_as_nobody(folder: Path) -> None:

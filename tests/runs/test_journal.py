@@ -170,6 +170,7 @@ WHOLE = {
 NOT_OURS = [
     {}, {"event": None}, {"event": []}, {"event": "start"}, {"event": "start", "step": "0"},
     {"event": "stop", "step": 1}, {"event": "probe", "step": 1}, {"event": "end", "step": None},
+    {"event": "step", "loss": 1.5},
     *({**WHOLE, name: value} for name, value in (
         ("loss", "1.5"), ("loss", [1.5]), ("loss", None), ("loss", True), ("loss", float("nan")),
         ("loss", 10**400), ("epoch", "0"), ("steps", {}), ("seconds", 3.0), ("seconds", {}),

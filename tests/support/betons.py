@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastproj.core.files import replacing
 from fastproj.data.beton import Beton, open_beton
+from fastproj.data.manifest import FORMAT, Manifest, pack_hashes, pack_names, write_manifest
 from fastproj.data.shards import set_name
-from fastproj.prepare.encode import Store
+from fastproj.prepare.encode import Store, encode, upright_rgb
 from fastproj.prepare.sources import Source
 from fastproj.prepare.splits import SplitWriter
+from fastproj.prepare.writer import write_container
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -54,3 +57,22 @@ def write_shards(source: Source, out: Path, store: Store, of: int) -> Beton:
         for number in reversed(range(of)):
             writer.write(source, out, "test", "test", (number, of))
     return open_beton(out / set_name(source.split, of))
+
+
+def write_here(source: Source, out: Path, store: Store) -> Beton:
+    """The same without a worker process, which imports the main module again; mean and std are
+    not the images'."""
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = zip(source.images, source.labels.tolist(), strict=True)
+    samples = [encode(upright_rgb(image), label, store)[0] for image, label in pairs]
+    path = out / f"{source.split}.beton"
+    with replacing(path) as file:
+        written = write_container(file, iter(samples), len(samples), store.kind == "square")
+    manifest = Manifest(
+        FORMAT, "0", "test", "test", source.split, written.samples, tuple(source.classes),
+        store.kind, store.quality, store.max_resolution, store.side, (0.5,) * 3, (0.25,) * 3,
+        written.file_bytes, written.sha256, written.content, (), pack_hashes(written.hashes),
+        pack_names(list(source.names)),
+    )  # fmt: skip
+    write_manifest(manifest, path.with_suffix(".json"))
+    return open_beton(path)

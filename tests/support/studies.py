@@ -35,6 +35,7 @@ def fake_run(
     ``ended`` false for a run that was cut; ``right`` None: not evaluated.
     """
     run = job.run
+    run.path.mkdir(parents=True, exist_ok=True)
     checkpoint.save(checkpoint.step_path(run.checkpoints, 8), {"step": 8}, 1)
     parts = {"data_wait": 1.0, "step": 8.0, "pause": 1.0}
     events: list[dict[str, Any]] = [

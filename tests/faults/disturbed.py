@@ -1,0 +1,148 @@
+"""A trainer whose data, folder or clock change under it, that gets signals, or that runs long.
+
+It may stop, with one line; then the same command ends as if nothing had been.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tests.faults.killed import TRAIN, compared, prepared, spent, start, to_the_end, trained
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+EPOCHS = 60
+FIRST = 10  # epochs until caches and pools are filled
+GROWTH = 20_000  # bytes of memory per epoch: a megabyte in 50
+
+
+def _after(process: BaseProcess, seconds: float) -> bool:
+    """Wait until the process has had so much processor time; False where it ended before."""
+    watched = psutil.Process(process.pid)
+    while process.is_alive():
+        with suppress(psutil.NoSuchProcess):
+            if spent(watched) > seconds:
+                return True
+        time.sleep(0.002)
+    return False
+
+
+def _ended(process: BaseProcess, folder: Path) -> str:
+    """What is wrong with how the command ended: it may succeed, or stop for a reason."""
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        return "time: it did not end within 120 s"
+    log = folder / "log.txt"
+    said = log.read_text() if log.exists() else ""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    told = process.exitcode in (0, 130) or -(process.exitcode or 0) in SIGNALS
+    told = told or (process.exitcode or 0) - 128 in SIGNALS or len(errors) == 1
+    if "Traceback" in said or not told:
+        return f"the reason: exit code {process.exitcode}, {said[-300:]}"
+    return ""
+
+
+def _on(whole: Path, folder: Path) -> str:
+    """Give the command again, to the end, and compare."""
+    try:
+        to_the_end(TRAIN, folder)
+    except AssertionError as error:
+        return f"the way back: {error}"
+    return compared(whole, folder, trained)
+
+
+def signal_trainer(seed: int, folder: Path) -> str:
+    """up to 6 of SIGTERM, SIGINT, SIGHUP, SIGUSR1 to train in any order; the same command again"""
+    whole, seconds = prepared(folder, "train", [TRAIN])
+    take, place = random.Random(seed), folder / "run"
+    place.mkdir()
+    process = start(TRAIN, place)
+    for moment in sorted(take.uniform(0, seconds) for _ in range(take.randint(1, 6))):
+        if not _after(process, moment):
+            break
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, take.choice(SIGNALS))
+    return _ended(process, place) or _on(whole, place)
+
+
+def _with_own_data(
+    seed: int, folder: Path, change: Callable[[random.Random, Path], object]
+) -> str:  # fmt: skip
+    """``change`` the beton at some moment of a run; put it back, and give the command again."""
+    whole, seconds = prepared(folder, "train", [TRAIN])
+    take, place, data = random.Random(seed), folder / "run", folder / "data"
+    shutil.copytree(folder.parent / "data", data)
+    place.mkdir()
+    (place / "own").mkdir()
+    process = start(TRAIN, place / "own")  # whose ../../data is the copy
+    if _after(process, take.uniform(0, seconds)):
+        change(take, data / "train.beton")
+    wrong = _ended(process, place / "own")
+    shutil.copy(folder.parent / "data" / "train.beton", data)
+    return wrong or _on(whole, place / "own")
+
+
+def _cut(take: random.Random, beton: Path) -> None:
+    os.truncate(beton, take.randrange(beton.stat().st_size))
+
+
+def _write_into(take: random.Random, beton: Path) -> None:
+    with beton.open("r+b") as file:
+        size = beton.stat().st_size
+        for _ in range(50):
+            file.seek(take.randrange(size - 64 * 500, size))  # where the images are
+            file.write(take.randbytes(64))
+
+
+def cut_data_under_trainer(seed: int, folder: Path) -> str:
+    """beton cut at any byte while train has it mapped, then restored; the same command goes on"""
+    return _with_own_data(seed, folder, _cut)
+
+
+def change_data_under_trainer(seed: int, folder: Path) -> str:
+    """beton overwritten while train has it mapped, then restored; the same command goes on"""
+    return _with_own_data(seed, folder, _write_into)
+
+
+def remove_folder_under_trainer(seed: int, folder: Path) -> str:
+    """run folder removed while train writes to it; the same command starts anew or goes on"""
+    whole, seconds = prepared(folder, "train", [TRAIN])
+    place = folder / "run"
+    place.mkdir()
+    process = start(TRAIN, place)
+    if _after(process, random.Random(seed).uniform(0, seconds)):
+        shutil.rmtree(place / "r", ignore_errors=True)
+    return _ended(process, place) or _on(whole, place)
+
+
+def train_long(seed: int, folder: Path) -> str:
+    """50 epochs of train after 10: descriptors, threads and memory (RSS, linear fit) stay"""
+    prepared(folder, "train", [TRAIN])
+    (folder / "run").mkdir()
+    process = start([*TRAIN, "--optim.epochs", str(EPOCHS)], folder / "run")
+    journal, seen = folder / "run" / "r" / "metrics.jsonl", []
+    watched = psutil.Process(process.pid)
+    while process.is_alive():
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, psutil.AccessDenied):
+            epochs = journal.read_bytes().count(b'"event": "epoch"')
+            if epochs >= FIRST:
+                fields = (watched.memory_info().rss, watched.num_fds(), watched.num_threads())
+                seen.append((epochs, *fields))
+        time.sleep(0.005)
+    process.join()
+    epochs, memory, files, threads = np.array(seen).T
+    growth = np.polyfit(epochs, memory, 1)[0]
+    middle = len(seen) // 2
+    for name, values in (("descriptors", files), ("threads", threads)):
+        if values[middle:].max() > values[:middle].max():
+            return f"{name}: {values[:middle].max()}, later {values[middle:].max()}"
+    return f"memory: {growth:,.0f} bytes per epoch" if growth > GROWTH else ""

@@ -1,0 +1,35 @@
+"""Every fault by its name."""
+
+from tests.faults.disturbed import (
+    change_data_under_trainer,
+    cut_data_under_trainer,
+    remove_folder_under_trainer,
+    signal_trainer,
+    train_long,
+)
+from tests.faults.entries import (
+    Entry,
+    fill_disk_under_beton_writer,
+    kill_beton_writer,
+    kill_checkpoint_writer,
+    write_to_a_read_only_disk,
+)
+from tests.faults.killed import kill_evaluate, kill_study, kill_trainer
+
+ENTRIES: dict[str, Entry] = {
+    entry.__name__: entry
+    for entry in (
+        kill_beton_writer,
+        kill_checkpoint_writer,
+        kill_trainer,
+        kill_evaluate,
+        kill_study,
+        signal_trainer,
+        cut_data_under_trainer,
+        change_data_under_trainer,
+        remove_folder_under_trainer,
+        train_long,
+        fill_disk_under_beton_writer,
+        write_to_a_read_only_disk,
+    )
+}
