@@ -135,6 +135,14 @@ def test_what_a_rank_holds_follows_from_the_columns_of_a_row() -> None:
     assert f"{opened} + {first} + 4 · {order} = {held} MB" in PAGE
 
 
+def test_writing_in_full_is_predicted_from_one_photograph() -> None:
+    images, seconds, stored = SETS["ImageNet-1k"], 5.1e-3, 37_509
+    assert f"and {stored:,} bytes each" in PAGE
+    hours = images * seconds / 3600
+    text = f"{hours:.1f} hours of one core, {hours * 60 / 8:.0f} minutes of eight, and "
+    assert f"{text}{images * stored / 1e9:.1f} GB" in PAGE
+
+
 TABLES = [row for table in (reading, stores, cached, resident, fsdp, network) for row in table()]
 
 
