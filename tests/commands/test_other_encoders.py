@@ -25,7 +25,7 @@ from fastproj.runs.folder import RunFolder
 from fastproj.train import main
 from tests.support.betons import digit_like, write
 
-# The smallest that the libraries have; tests/bench/test_encoders.py has one of each family.
+# The smallest that the libraries have; tests/bench/test_bench_encoders.py has one of each family.
 SIZES = {"timm:test_vit": 32, "timm:test_efficientnet": 32, "torchvision:shufflenet_v2_x0_5": 32}
 
 
