@@ -104,7 +104,7 @@ def test_the_predictions_give_the_accuracy(root):
     labels = open_beton(read_evaluation(run).rows[0].protocol["data"]["val"]["file"]).label
     for row in read_evaluation(run).rows:
         predicted = np.load(run.path / row.predictions)
-        assert predicted.dtype == np.int64
+        assert predicted.dtype == np.uint8
         assert (predicted == labels).mean() == pytest.approx(row.metrics["top1"], abs=1e-6)
 
 
