@@ -148,6 +148,7 @@ def test_the_commands_errors_are_one_line_and_an_exit_code(root: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_ranks_run_coco_with_masks(root: Path, tmp_path: Path) -> None:
     """torchrun, synchronized batch norm, a C4 head, every image scored once."""
     changes = {k.replace(".", "__"): v for k, v in COCO.items()}
