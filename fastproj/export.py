@@ -24,7 +24,7 @@ from fastproj.data.beton import open_beton
 from fastproj.data.manifest import Manifest
 from fastproj.evaluate import find_checkpoint
 from fastproj.evaluation.card import Facts, model_card
-from fastproj.evaluation.onnx import save_onnx
+from fastproj.evaluation.onnx import NoExport, save_onnx
 from fastproj.evaluation.pretrained import Pretrained, load_pretrained, save_pretrained
 from fastproj.evaluation.results import Row, read_evaluation
 from fastproj.models.encoders import num_features
@@ -42,8 +42,9 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
 
     The metadata of ``model.safetensors``: ``encoder`` and ``stem`` (of another library: ``size``),
     ``mean`` and ``std`` (per channel, of pixels in 0 to 1), ``step``, ``epoch``, and ``sha256`` of
-    the weights. Without the packages of the extra ``onnx`` there is no ``model.onnx``, and stderr
-    says so. The card's accuracies are those that ``eval.json`` has of this very checkpoint.
+    the weights. Without the packages of the extra ``onnx``, and where torch cannot export the
+    encoder, there is no ``model.onnx``, and stderr says so. The card's accuracies are those that
+    ``eval.json`` has of this very checkpoint.
 
     Raises ``InputError`` for a checkpoint that is missing, damaged, not whole or not finite, and
     where a file cannot be written.
@@ -68,6 +69,9 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
             file=sys.stderr,
         )
         run.onnx.unlink(missing_ok=True)  # of an earlier export, perhaps of other weights
+    except NoExport as error:
+        print(f"note: {error}; the other files do not need it", file=sys.stderr)
+        run.onnx.unlink(missing_ok=True)
     told = pretrained.settings or settings.flat()  # an export brings none
     environment = _environment(run)
     manifest = _manifest(settings, pretrained)

@@ -77,8 +77,9 @@ def _row(row: Row, batch: int, found: Mapping[str, Any]) -> Row:
 
 
 def _few(beton: Beton, folder: Path, split: str, first: int, count: int) -> None:
-    """Write ``count`` images of ``beton`` from ``first`` on; after its last comes its first."""
-    positions = (np.arange(count) + first) % len(beton)
+    """Write ``count`` images of a drawn order of ``beton``, from ``first`` on and then again."""
+    order = np.random.default_rng(0).permutation(len(beton))  # sets often lie class by class
+    positions = order[(np.arange(count) + first) % len(beton)]
 
     def read(position: int) -> bytes | np.ndarray:
         stored, shape = beton.stored(position), (beton.height[position], beton.width[position], 3)

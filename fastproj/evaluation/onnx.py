@@ -15,6 +15,10 @@ TOLERANCE = 1e-4  # of ONNX Runtime against torch, absolute and relative
 BATCHES = (1, 3)  # images in the batches that are compared
 
 
+class NoExport(InputError):
+    """torch's exporter has no way to write this encoder."""
+
+
 def save_onnx(
     encoder: nn.Module,
     path: Path,
@@ -51,7 +55,7 @@ def save_onnx(
             )
         except RuntimeError as error:  # the exporter's own; of an encoder of a plugin
             reason = str(error).strip().partition("\n")[0]
-            raise InputError(
+            raise NoExport(
                 f"cannot write {path}: torch cannot export the encoder to ONNX ({reason})"
             ) from error
         assert program is not None

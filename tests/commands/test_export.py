@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from fastproj.core.errors import InputError
+from fastproj.evaluation.onnx import save_onnx
 from fastproj.evaluation.pretrained import load_pretrained
 from fastproj.evaluation.results import Evaluation, Row, write_evaluation
 from fastproj.export import main
@@ -178,6 +179,27 @@ def test_without_the_extra_one_line_says_what_is_not_written(tmp_path, monkeypat
     assert not (run / "export/model.onnx").exists()
     card = (run / "export/README.md").read_text()
     assert list(card_code(card)) == ["fastproj"] and "onnx" not in card.partition("## Versions")[0]
+
+
+def test_an_encoder_that_torch_cannot_export_still_has_the_other_files(
+    tmp_path, monkeypatch, capsys
+):
+    class Undecided(nn.Module):
+        """Branches on pixel values, which no graph can hold."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+    def given(encoder: nn.Module, *rest: Any) -> float:
+        return save_onnx(Undecided(), *rest)
+
+    monkeypatch.setattr("fastproj.export.save_onnx", given)
+    run = fake_run(tmp_path, "resnet_small", "cifar")
+    main([str(run)])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"written: {run}/export/{n}" for n in NAMES if "onnx" not in n]
+    assert "torch cannot export the encoder to ONNX" in err.splitlines()[-1]
+    assert not (run / "export/model.onnx").exists()
 
 
 def test_the_card_says_what_was_trained_and_how_it_was_scored(tmp_path, monkeypatch, capsys):
