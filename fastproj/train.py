@@ -36,7 +36,7 @@ from fastproj.loaders import Batch
 from fastproj.runs import checkpoint, resume
 from fastproj.runs.folder import RunFolder
 from fastproj.runs.journal import Journal, StepMeter
-from fastproj.runs.sinks import Sinks, check_sinks, open_sinks
+from fastproj.runs.sinks import Sinks, open_sinks
 from fastproj.runs.start import start
 from fastproj.settings import RUN, Settings
 from fastproj.training.build import build_trainer, run_stem
@@ -59,11 +59,9 @@ def train(settings: Settings) -> Path:
         device = prepare_device(device, rank.local_rank, tf32=True)
         if resume.nothing_to_do(run, settings.run.resume):
             return run.path
-        with dist.together():
-            if dist.is_main():
-                check_sinks(settings.train.log_to or ())
-            found = resume.find_checkpoint(run, settings.run.resume, settings.run.extend)
-        dist.require_same({"the newest checkpoint": found and found.name})
+        found = resume.agreed_checkpoint(
+            run, settings.run.resume, settings.train.log_to or (), settings.run.extend
+        )
         trainer = build_trainer(settings, rank, device)
         had = None  # epochs of a run that is extended
         with dist.together():

@@ -131,8 +131,8 @@ def _write(settings: PrepareSettings, command: str) -> int:
             old = left_behind(out, source.split, of) if of > 1 else []
             if old:
                 print(
-                    f"note: {old[0]} and {len(old) - 1} more are left of a set of more files, and "
-                    f"no part of {set_name(source.split, of)}: remove them",
+                    f"note: of a set of more files {len(old)} are left, from {old[0]} on, and no "
+                    f"part of {set_name(source.split, of)}: remove them",
                     file=sys.stderr,
                 )
     return 0

@@ -6,7 +6,7 @@ For every command that trains: settings come as ``section.name`` -> value, data 
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastproj.runs.environment import write_environment
 from fastproj.runs.folder import RunFolder
 from fastproj.runs.journal import Journal
 from fastproj.runs.journal import read as read_journal
-from fastproj.runs.sinks import Sinks
+from fastproj.runs.sinks import Sinks, check_sinks
 
 AUTO = "auto"  # of run.resume: start where there is nothing, go on where there is something
 # A run may be resumed on another machine, with other logging; nothing else may change under it.
@@ -76,6 +76,21 @@ def find_checkpoint(run: RunFolder, resume: str | None, extend: int | None = Non
             f"{run.path} holds an unfinished run: go on with --run.resume {run.path}, or give "
             "another --run.name"
         )
+    return found
+
+
+def agreed_checkpoint(
+    run: RunFolder, resume: str | None, sinks: Sequence[str], extend: int | None = None
+) -> Path | None:
+    """``find_checkpoint`` on every rank, which all fail where one does or where theirs differ.
+
+    ``sinks``: names that must be usable, before anything runs.
+    """
+    with dist.together():
+        if dist.is_main():
+            check_sinks(sinks)
+        found = find_checkpoint(run, resume, extend)
+    dist.require_same({"the newest checkpoint": found and found.name})
     return found
 
 

@@ -29,7 +29,7 @@ from fastproj.runs import checkpoint, resume
 from fastproj.runs.environment import versions
 from fastproj.runs.folder import RunFolder
 from fastproj.runs.journal import Journal, StepMeter
-from fastproj.runs.sinks import check_sinks, open_sinks
+from fastproj.runs.sinks import open_sinks
 from fastproj.runs.start import start
 from fastproj.settings import TRANSFER, TransferSettings
 from fastproj.transfer.batches import Sample, augmentation, batches, trainable
@@ -194,13 +194,10 @@ def transfer(settings: TransferSettings) -> Path:
         torch.backends.cudnn.benchmark = False  # it times each shape, and images have hundreds
         if resume.nothing_to_do(run, settings.run.resume):
             return run.path
+        found = resume.agreed_checkpoint(run, settings.run.resume, settings.train.log_to or ())
         with dist.together():
-            if dist.is_main():
-                check_sinks(settings.train.log_to or ())
-            found = resume.find_checkpoint(run, settings.run.resume)
             task = Task(settings)
             assert task.train and task.val and task.encoder  # what can fail on one rank alone
-        dist.require_same({"the newest checkpoint": found and found.name})
         work = Run(task, rank, device)
         with dist.together():
             if found:

@@ -294,6 +294,7 @@ def test_the_papers_table_has_its_recipes_and_gains(method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_jobs_of_a_scheduler_give_the_same_tables_also_where_one_is_requeued(
     root: Path, unkilled: Path, tmp_path: Path
 ) -> None:

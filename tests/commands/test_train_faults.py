@@ -394,6 +394,7 @@ def test_a_thread_that_hangs_ends_the_run_with_its_name_and_stack(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_worker_process_that_hangs_ends_the_run_and_dies(beton: Beton, tmp_path: Path) -> None:
     arguments = options(beton, tmp_path, train__patience=5, optim__epochs=4000)
     process = command([*arguments, "--data.engine", "reference", "--data.workers", "1"])
