@@ -255,7 +255,8 @@ def test_fewer_shards_over_more_leave_files_that_are_named(
 
     assert prepare("--shards", "5") == ""
     note = prepare("--shards", "3")
-    assert re.fullmatch(r"note: of a set of more files 2 are left, from .*val-00003.beton on, .*remove them", note)
+    left = r"note: of a set of more files 2 are left, from .*val-00003.beton on, .*remove them"
+    assert re.fullmatch(left, note)
     assert len(open_beton(tmp_path / "val-{00000..00002}.beton")) == 360
     with pytest.raises(InputError, match=r"shard 0 of 3, but 5 files are named"):
         open_beton(tmp_path / "val-{00000..00004}.beton")
