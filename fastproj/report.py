@@ -36,7 +36,7 @@ from fastproj.reporting.read import Reported, read_run
 from fastproj.reporting.run import Pictures, run_page
 from fastproj.reporting.samples import Embedded, Views, shares
 from fastproj.reporting.study import read_study, study_page
-from fastproj.runs.command import split
+from fastproj.runs.command import require_pretraining, split
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import REPORT, RUN, Settings, load
 from fastproj.training.build import build_augmentations, build_crops
@@ -75,6 +75,7 @@ class Reporter:
     def _pictures(self, run: Reported) -> Pictures:
         """What needs the data and weights of the run; where it cannot be had, why not."""
         try:
+            require_pretraining(run.folder)
             settings = load(RUN, [], PROG, "", config=run.folder.config)
         except InputError as error:
             return Pictures(str(error), str(error), str(error))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import RUN, Settings, load
 from fastproj.settings.schema import Schema
@@ -44,7 +44,17 @@ def open_run_or_none(
             "[--section.name VALUE ...]"
         )
     run = RunFolder.open(folders[0])
+    require_pretraining(run)
     return run, load(schema, options, prog, description, config=run.config)
+
+
+def require_pretraining(run: RunFolder) -> None:
+    """Raises ``InputError`` for a detector's run, whose settings are not those of ``train``."""
+    if any(line.startswith("detector:") for line in run.config.read_text().splitlines()):
+        raise InputError(
+            f"{run.path} is a run of fastproj transfer, which has no encoder of its own: its scores"
+            f" are in {run.evaluation.name}; give the run that pre-trained its encoder"
+        )
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

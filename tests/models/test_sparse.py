@@ -324,7 +324,7 @@ def test_the_plain_head_of_the_benchmark_is_the_same_function():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k, most", [(200, 1.5), (4000, 2.5)])
+@pytest.mark.parametrize("k, most", [pytest.param(200, 1.5, marks=pytest.mark.soak), (4000, 2.5)])
 def test_two_activations_at_once_at_most(k, most):
     """Beside an activation of 120 MB the weights are nothing; plain autograd holds four."""
     ours, plain = (

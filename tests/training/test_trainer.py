@@ -96,10 +96,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": "swav", "bn_per_view": True, "local_crops": 2, "loss": {"weight_norm": True},
     },
     "batch norm per view, compiled": {
-        "objective": "byol", "bn_per_view": True, "backend": "aot_eager",
-        "noise": "learned", "sigma": 1e-12,
+        "bn_per_view": True, "backend": "aot_eager", "noise": "learned", "sigma": 1e-12,
     },
-    "simclr compiled": {"backend": "aot_eager", "noise": "learned", "sigma": 1e-12},
     "mocov3 compiled": {"backend": "aot_eager", "objective": "mocov3"},
 }  # fmt: skip
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from fastproj.core.errors import InputError, SettingError
+from fastproj.evaluate import main as evaluate
+from fastproj.export import main as export
 from fastproj.models.encoders import build_encoder
+from fastproj.report import main as report
 from fastproj.runs import checkpoint, journal
 from fastproj.settings import TRANSFER, load
 from fastproj.transfer.command import transfer
@@ -107,6 +110,11 @@ def test_stopped_and_resumed_it_is_the_same_bit_for_bit(
     state, _, row = ended(broken)
     assert row["probe"] == "detection" and row["protocol"]["probe"]["optim.steps"] == 6
     assert state["data"] == row["protocol"]["data"]["content"]
+    for command in (evaluate, export):
+        with pytest.raises(InputError, match="r is a run of fastproj transfer.* eval.json"):
+            command([str(broken)])
+    report([str(broken)])
+    assert "voc07_ap50" in (broken / "report.html").read_text()
     with pytest.raises(InputError, match="holds a finished run"):
         run(root, tmp_path)
 
