@@ -7,11 +7,9 @@ The objective is convex, so it is solved instead of tuned. For a strength l it i
 as scikit-learn's ``LogisticRegression`` with C = 1 / (l n); the intercept b is not penalized.
 
 All strengths take preconditioned L-BFGS steps together, so that each step is two matrix products
-over the stacked heads. The preconditioner is the Hessian at W = 0 without the coupling of W and b:
-A ⊗ XᵀX/n + l I, with A the covariance of the one-hot labels. One eigendecomposition of XᵀX serves
-all strengths. It has the form of Böhning's bound (1992, "Multinomial logistic regression
-algorithm", ½(I - 11ᵀ/C) in A's place), which is looser. For strengths that take longer it is made
-anew at their current heads. Strengths that are done leave the stack.
+over the stacked heads. The preconditioner is the Hessian at W = 0 without the coupling of W and b.
+For strengths that take longer it is made anew at the current head of their median. Strengths that
+are done leave the stack.
 
 The certificate is the duality gap. f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly
 convex, and g(W) - min f <= |∇g(W)|² / (2 l). ``certify`` therefore first solves for b by Newton's
@@ -28,12 +26,14 @@ from torch import Tensor
 
 from fastproj.core.errors import InputError
 from fastproj.core.linear import linear
+from fastproj.evaluation.probes.preconditioners import Blocks, Kronecker, precondition, spread
+
+Inverse = Kronecker | Blocks
 
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
-REFRESH = 40  # steps before the preconditioner is made anew, and then 80, 160, ...
-ROWS = 2**13  # rows that it is made from, or 8 per feature
+REFRESH = 16  # steps before the preconditioner is made anew, and then 32, 64, ...
 LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
 
 
@@ -73,7 +73,7 @@ def solve(
     prior = torch.bincount(y).double() / len(y)
     start = torch.zeros(len(present), x.shape[1] + 1, dtype=torch.float64, device=x.device)
     start[:, -1] = prior.log() - prior.log().mean()
-    inverse = _at_zero(x, prior)
+    inverse: Inverse = Kronecker.at_zero(x, prior)
     heads = start.repeat(len(strengths), 1, 1)
     objective, bound = torch.zeros_like(strengths), torch.full_like(strengths, torch.inf)
     iterations = torch.zeros(len(strengths), dtype=torch.int64, device=x.device)
@@ -82,7 +82,7 @@ def solve(
         if not len(left):
             break
         if kind == torch.float64:
-            inverse = _at(x, heads[left])
+            inverse = Kronecker.at(x, heads[left[len(left) // 2]])
         found, passes = _lbfgs(x, y, heads[left], strengths[left], inverse, aim * tolerance, kind)
         iterations[left] += passes
         heads[left], objective[left], bound[left] = certify(x, y, found, strengths[left])
@@ -103,7 +103,7 @@ def _span(x: Tensor) -> Tensor | None:
     """
     if x.shape[1] > len(x):
         return torch.linalg.qr(x.double().T)[0]
-    some = _some(x)
+    some = spread(x)
     values = torch.linalg.eigvalsh((some.T @ some).double())
     if values[0] > 1e-6 * values[-1]:  # far above what float32 products round away
         return None
@@ -123,17 +123,19 @@ def certify(
     """
     heads, strengths = heads.double().clone(), strengths.to(x.device, torch.float64)
     prior = torch.bincount(y, minlength=heads.shape[1]).double() / len(x)
-    before = torch.full_like(strengths, torch.inf)
+    before, far = torch.full_like(strengths, torch.inf), True
     for _ in range(20):
-        mean, covariance = _probabilities(x, heads)
-        inverse = torch.linalg.pinv(covariance, hermitian=True)
-        step = (inverse @ (mean - prior).unsqueeze(2)).squeeze(2)
+        if far:
+            mean, covariance = _probabilities(x, heads)
+            inverse, off = torch.linalg.pinv(covariance, hermitian=True), mean - prior
+        step = (inverse @ off.unsqueeze(2)).squeeze(2)
         heads[..., -1] -= step / step.abs().amax(1, keepdim=True).clamp(min=1)
+        far = bool(step.abs().max() > 1e-2)  # else the covariance is as it was
         value, gradient, _ = _evaluate(x, y, heads, strengths)
         gap = gradient[..., :-1].square().sum((1, 2)) / (2 * strengths)
-        residual = 100 * gradient[..., -1].abs().sum(1)
-        enough = (gap / 10).minimum(1e-8 * value)
-        if not ((residual > enough) & (residual < before / 2)).any():
+        off = gradient[..., -1]
+        residual = 100 * off.abs().sum(1)
+        if not ((residual > 3e-8 * value) & (residual < before / 2)).any():
             break  # the intercepts count no more, or float64 brings them no further
         before = residual
     return heads, value, (gap + residual) / value
@@ -144,7 +146,7 @@ def _lbfgs(
     y: Tensor,
     heads: Tensor,
     strengths: Tensor,
-    inverse: "_Kronecker",
+    inverse: Inverse,
     tolerance: float,
     kind: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ def _lbfgs(
     refresh = REFRESH
     for step in range(PASSES[kind]):
         if step == refresh:
-            inverse, refresh = _at(x, at), 2 * refresh
+            inverse, refresh = precondition(x, at[len(at) // 2]), 2 * refresh
         direction = -_two_loops(gradient, pairs, inverse, l2)
         slope = _dot(direction, gradient)
         trial = at + length.to(kind).view(-1, 1, 1) * direction
@@ -193,7 +195,6 @@ def _lbfgs(
             keep = ~done
             active, at, l2, value = active[keep], at[keep], l2[keep], value[keep]
             gradient, length, shortened = gradient[keep], length[keep], shortened[keep]
-            inverse.keep(keep)
             pairs = deque(((s[keep], t[keep], r[keep]) for s, t, r in pairs), maxlen=MEMORY)
     return found, passes
 
@@ -201,7 +202,7 @@ def _lbfgs(
 def _two_loops(
     gradient: Tensor,
     pairs: deque[tuple[Tensor, Tensor, Tensor]],
-    inverse: "_Kronecker",
+    inverse: Inverse,
     l2: Tensor,
 ) -> Tensor:
     """L-BFGS's product of the inverse Hessian and the gradient (Nocedal and Wright, algorithm 7.4).
@@ -223,65 +224,6 @@ def _two_loops(
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """One float64 scalar product per head, (S,)."""
     return (a * b).sum((1, 2)).double()
-
-
-class _Kronecker:
-    """(A ⊗ B + l I)⁻¹ for the weights and A⁺ for the intercept, one A and B per strength.
-
-    ``a``: (S, C, C), ``b``: (S, d, d), both symmetric; S is 1 where all strengths share them.
-    """
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.basis_values, self.basis = torch.linalg.eigh(b)
-        self.class_values, self.classes = torch.linalg.eigh(a)
-        self.basis_values.clamp_(min=0)
-        null = self.class_values <= 1e-12 * self.class_values.amax(-1, keepdim=True)
-        self.class_values.clamp_(min=0)
-        self.intercept = torch.where(null, 0.0, 1 / self.class_values).unsqueeze(-1)
-
-    def keep(self, those: Tensor) -> None:
-        """Drop the strengths that ``those`` (S,) does not hold."""
-        if len(self.basis) > 1:
-            for name, value in vars(self).items():
-                setattr(self, name, value[those])
-
-    def __call__(self, gradient: Tensor, l2: Tensor) -> Tensor:
-        """Applied to (S, C, d+1), one strength in ``l2`` (S,) each."""
-        kind = gradient.dtype
-        classes, basis = self.classes.to(kind), self.basis.to(kind)
-        turned = classes.mT @ gradient
-        curvature = self.class_values.unsqueeze(2) * self.basis_values.unsqueeze(1)
-        weight = turned[..., :-1] @ basis / (curvature + l2.view(-1, 1, 1)).to(kind) @ basis.mT
-        intercept = turned[..., -1:] * self.intercept.to(kind)
-        return classes @ torch.cat([weight, intercept], dim=-1)
-
-
-def _at_zero(x: Tensor, prior: Tensor) -> _Kronecker:
-    """From the Hessian at W = 0, of at most ``ROWS`` rows: the same for all strengths."""
-    x = _some(x)
-    second = (x.T @ x).double() / len(x)
-    return _Kronecker((prior.diag() - prior.outer(prior))[None], second[None])
-
-
-def _at(x: Tensor, heads: Tensor) -> _Kronecker:
-    """From the Hessian at ``heads`` (S, C, d+1), of at most ``ROWS`` rows.
-
-    The Hessian is the mean of (diag(p) - ppᵀ) ⊗ xxᵀ. A is the mean of the left factor; in B a row
-    counts by its left factor's trace, scaled to the mean 1.
-    """
-    x = _some(x)
-    a, b = [], []
-    for head in heads.to(x.dtype):
-        p = torch.addmm(head[:, -1], x, head[:, :-1].T).softmax(1)
-        trace = 1 - p.square().sum(1)
-        a.append((p.mean(0).diag() - p.T @ p / len(p)).double())
-        b.append((x.T @ (x * (trace / trace.sum().clamp(min=1e-30)).unsqueeze(1))).double())
-    return _Kronecker(torch.stack(a), torch.stack(b))
-
-
-def _some(x: Tensor) -> Tensor:
-    """Rows enough for a preconditioner, evenly spread."""
-    return x[:: -(-len(x) // max(ROWS, 8 * x.shape[1]))]
 
 
 def _probabilities(x: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
