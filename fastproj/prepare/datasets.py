@@ -92,13 +92,13 @@ def torchvision_dataset(name: str, root: Path, split: str, download: bool) -> li
     sources = []
     for ours, tries in parts.items():
         if split in ("all", ours):
-            read = _first_of(kind, name, root, tries, options)
+            read = first_of(kind, name, root, tries, options)
             if read is not None:
                 sources.append(of_dataset(read, ours, f"torchvision:{name}"))
     return sources
 
 
-def _first_of(
+def first_of(
     kind: Any, name: str, root: Path, tries: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> Any:
     """The set with the first of ``tries`` that it knows; None if it knows none."""

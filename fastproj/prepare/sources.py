@@ -95,10 +95,10 @@ def open_sources(
     """The split ``split`` of ``dataset`` under ``root``, or every split for ``all``.
 
     Args:
-        dataset: a name in ``DATASETS``; or ``torchvision:NAME``; ``hf:NAME``, a set of images on
-            Hugging Face's hub; or ``package.module:function``, which is called without arguments
-            and returns a ``torch.utils.data.Dataset`` of (image, label), or a dict of those by
-            split.
+        dataset: a name in ``DATASETS``; or ``torchvision:NAME``; ``transfer:NAME``, a set that
+            papers transfer to; ``hf:NAME``, a set of images on Hugging Face's hub; or
+            ``package.module:function``, which is called without arguments and returns a
+            ``torch.utils.data.Dataset`` of (image, label), or a dict of those by split.
         root: the folder, or for ``csv`` and the archives also the file, that holds it.
         download: fetch the files into ``root`` first, where torchvision or the hub can.
         labels: False: every image is unlabeled (-1), and folders are no classes.
@@ -270,6 +270,7 @@ least those that ``split`` asks for ("all": every one)."""
 
 ADDRESSED = {
     "torchvision": "fastproj.prepare.datasets:torchvision_dataset",
+    "transfer": "fastproj.prepare.transfer_sets:transfer_set",
     "hf": "fastproj.prepare.files:from_hub",
     "": "fastproj.prepare.datasets:from_function",
 }

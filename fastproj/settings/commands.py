@@ -38,7 +38,7 @@ class Raw:
     """raw images to a beton and its manifest"""
 
     dataset: str | None = setting(
-        OrNull(KeyOrAddress("fastproj.prepare.sources:DATASETS", "torchvision", "hf")),
+        OrNull(KeyOrAddress("fastproj.prepare.sources:DATASETS", "torchvision", "transfer", "hf")),
         "what to read; needed unless data.verify or data.adopt is given",
     )
     root: str | None = setting(
