@@ -11,20 +11,27 @@ from typing import Self
 from fastproj.core import dist
 from fastproj.core.progress import write_line
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that closes sends SIGHUP, a scheduler what it is told to. Windows has the first two.
+STOPS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
 SAME = 2.0  # seconds within which a second signal is the first one's echo
 GRACE = 5.0  # seconds until a process that does not hear a second signal is ended
 
 
 class Interruption:
-    """Between enter and exit, SIGTERM and Ctrl-C only ask for a stop: ``signal`` is then not 0.
+    """Between enter and exit, signals in ``STOPS`` only ask for a stop: ``signal`` is then not 0.
+
+    One that this process was started to ignore, as by ``nohup``, stays ignored.
 
     Rank 0 answers the first signal at once with one line on stderr, above a progress bar. Python
     runs a signal's handler only after the operation under way, which may take seconds (a backward
     pass on a CPU); so a thread reads the number that the interpreter writes to a pipe
     (``signal.set_wakeup_fd``).
 
-    A second signal ends the process now: ``KeyboardInterrupt``, or ``SystemExit`` for SIGTERM, and
+    A second signal ends the process now: ``KeyboardInterrupt`` for Ctrl-C, else ``SystemExit``, and
     where the main thread does not hear it within ``GRACE`` seconds, because it waits for a rank
     that is gone, without more ado. One that comes within ``SAME`` seconds of the first is the
     first, twice: a terminal or Slurm signals torchrun and its ranks, and torchrun its ranks again.
@@ -51,7 +58,8 @@ class Interruption:
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = Thread(target=self._answer, args=(dist.is_main(),), daemon=True)
         self._thread.start()
-        self._before = {number: signal.signal(number, self._ask) for number in STOPS}
+        heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -155,7 +155,7 @@ def test_kill_9_at_a_random_moment_three_times_changes_nothing(
     assert_same_run(whole, tmp_path / "r")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(
     beton: Beton, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
