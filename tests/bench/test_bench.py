@@ -209,6 +209,7 @@ def test_views_beside_their_peers_on_a_sets_own_crops(photos: Beton, small: Beto
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_heads_with_the_memory_of_a_step() -> None:
     rows = measured(heads.run(plan(), rows=64, sizes=(64, 20_000, 64, 20)))
     weights = 4 * 20_000 * 128  # bytes

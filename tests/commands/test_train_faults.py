@@ -202,7 +202,10 @@ def test_a_checkpoint_of_something_else_is_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("differ", ["optim.lr", "plugins", "data"])
+@pytest.mark.parametrize(
+    "differ",
+    ["optim.lr", *(pytest.param(name, marks=pytest.mark.soak) for name in ("plugins", "data"))],
+)
 def test_ranks_started_differently_end_at_once_with_one_line(
     beton: Beton, tmp_path: Path, differ: str
 ) -> None:
@@ -308,6 +311,7 @@ def test_a_resume_may_have_another_number_of_ranks(beton: Beton, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_torchrun_restarts_a_run_whose_rank_was_killed(beton: Beton, tmp_path: Path) -> None:
     """With ``run.resume auto`` the weights end as in a run that nothing disturbed."""
 
