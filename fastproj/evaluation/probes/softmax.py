@@ -33,7 +33,8 @@ Inverse = Kronecker | Blocks
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
-REFRESH = 16  # steps before the preconditioner is made anew, and then 32, 64, ...
+REFRESH = 16  # steps at least before the preconditioner is made anew, and then twice as many
+COST = 9  # of making it, for d features and N rows: passes of COST d²/N heads, measured on a CPU
 LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
 
 
@@ -165,10 +166,11 @@ def _lbfgs(
     value, gradient = value.expand_as(l2), gradient.expand_as(at)
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
     length, shortened = torch.ones_like(l2), torch.zeros_like(l2)
-    refresh = REFRESH
+    refresh, since = REFRESH, 0
     for step in range(PASSES[kind]):
-        if step == refresh:
-            inverse, refresh = precondition(x, at[len(at) // 2]), 2 * refresh
+        if step >= refresh and since * len(x) >= COST * x.shape[1] ** 2:
+            inverse, refresh, since = precondition(x, at[len(at) // 2]), 2 * step, 0
+        since += len(at)
         direction = -_two_loops(gradient, pairs, inverse, l2)
         slope = _dot(direction, gradient)
         trial = at + length.to(kind).view(-1, 1, 1) * direction
