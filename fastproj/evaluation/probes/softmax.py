@@ -8,8 +8,8 @@ as scikit-learn's ``LogisticRegression`` with C = 1 / (l n); the intercept b is 
 
 All strengths take preconditioned L-BFGS steps together, so that each step is two matrix products
 over the stacked heads. The preconditioner is the Hessian at W = 0 without the coupling of W and b.
-For strengths that take longer it is made anew at the current head of their median. Strengths that
-are done leave the stack.
+Where the passes to come would take longer, it is made anew at the current head of the median
+strength. Strengths that are done leave the stack.
 
 The certificate is the duality gap. f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly
 convex, and g(W) - min f <= |∇g(W)|² / (2 l). ``certify`` therefore first solves for b by Newton's
@@ -33,8 +33,9 @@ Inverse = Kronecker | Blocks
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
-REFRESH = 16  # steps at least before the preconditioner is made anew, and then twice as many
-COST = 9  # of making it, for d features and N rows: passes of COST d²/N heads, measured on a CPU
+PACE = 8  # steps from which the pace of a preconditioner is known
+COST = 9  # of making one for d features and N rows: COST d²/N passes of one head, on a CPU
+GAIN = 3  # times its cost: what the passes to come must cost before one is made
 LOGITS = 2**21  # bytes of logits computed at once: less than what malloc gives back each time
 
 
@@ -162,15 +163,12 @@ def _lbfgs(
     at, l2 = found.clone(), strengths
     # At W = 0 the strength changes nothing: one evaluation serves all.
     first = len(at) if at[..., :-1].any() else 1
-    value, gradient, _ = _evaluate(x, y, at[:first], l2[:first])
+    value, gradient, norm = _evaluate(x, y, at[:first], l2[:first])
     value, gradient = value.expand_as(l2), gradient.expand_as(at)
+    made, begun = 0, (norm / (2 * l2 * tolerance * value)).log()
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
     length, shortened = torch.ones_like(l2), torch.zeros_like(l2)
-    refresh, since = REFRESH, 0
     for step in range(PASSES[kind]):
-        if step >= refresh and since * len(x) >= COST * x.shape[1] ** 2:
-            inverse, refresh, since = precondition(x, at[len(at) // 2]), 2 * step, 0
-        since += len(at)
         direction = -_two_loops(gradient, pairs, inverse, l2)
         slope = _dot(direction, gradient)
         trial = at + length.to(kind).view(-1, 1, 1) * direction
@@ -188,8 +186,9 @@ def _lbfgs(
         secant = (length * slope / (slope - end)).clamp(min=0).maximum(length / 10)
         length = torch.where(taken, 1.0, secant.minimum(length / 2))
         shortened = torch.where(taken, 0, shortened + 1)
+        away = (norm / (2 * l2 * tolerance * value)).log()
         # Five in a row: rounding hides the descent.
-        done = (taken & (norm <= 2 * l2 * tolerance * value)) | (shortened >= 5)
+        done = (taken & (away <= 0)) | (shortened >= 5)
         found[active] = at
         if done.all():
             break
@@ -197,7 +196,13 @@ def _lbfgs(
             keep = ~done
             active, at, l2, value = active[keep], at[keep], l2[keep], value[keep]
             gradient, length, shortened = gradient[keep], length[keep], shortened[keep]
+            begun, away = begun[keep], away[keep]
             pairs = deque(((s[keep], t[keep], r[keep]) for s, t, r in pairs), maxlen=MEMORY)
+        since = step + 1 - made
+        to_come = (since * away / (begun - away).clamp(min=0.1)).sum()  # at the pace so far
+        if since >= PACE and to_come * len(x) >= GAIN * COST * x.shape[1] ** 2:
+            inverse = precondition(x, at[len(at) // 2])
+            made, begun = step + 1, away
     return found, passes
 
 
