@@ -30,7 +30,10 @@ COMMANDS = {
     "train": Command("fastproj.train", "Pre-train an encoder on a beton.", "RUN"),
     "evaluate": Command("fastproj.evaluate", "Probe a run's frozen encoder, or any.", "RUN", True),
     "transfer": Command(
-        "fastproj.transfer.command", "Train a detector on an encoder, and score it.", "TRANSFER"
+        "fastproj.transfer.detection", "Train a detector on an encoder, and score it.", "TRANSFER"
+    ),
+    "segment": Command(
+        "fastproj.transfer.segmentation", "Classify pixels from a frozen encoder.", "SEGMENT"
     ),
     "embed": Command("fastproj.embed", "Write the features of a set to a file.", "EMBED", True),
     "study": Command("fastproj.study", "Compare arms over seeds and sets.", "STUDY"),

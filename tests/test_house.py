@@ -22,7 +22,8 @@ ROOMS = [
 COMMANDS = {"train", "evaluate", "embed", "study", "report", "export", "doctor", "bench", "demo"}
 SEE_SETTINGS = {
     *{"fastproj.prepare.command", "fastproj.runs.command", "fastproj.runs.start"},
-    *{"fastproj.training.build", "fastproj.transfer.command"},
+    *{"fastproj.training.build", "fastproj.transfer.run"},
+    *{"fastproj.transfer.detection", "fastproj.transfer.segmentation"},
 }
 
 SOURCES = sorted((ROOT / "fastproj").rglob("*.py"))

@@ -49,11 +49,11 @@ def open_run_or_none(
 
 
 def require_pretraining(run: RunFolder) -> None:
-    """Raises ``InputError`` for a detector's run, whose settings are not those of ``train``."""
-    if any(line.startswith("detector:") for line in run.config.read_text().splitlines()):
+    """Raises ``InputError`` for a run of ``transfer`` or ``segment``: other settings."""
+    if any(line.startswith("encoder:") for line in run.config.read_text().splitlines()):
         raise InputError(
-            f"{run.path} is a run of fastproj transfer, which has no encoder of its own: its scores"
-            f" are in {run.evaluation.name}; give the run that pre-trained its encoder"
+            f"{run.path} is a run of fastproj transfer or segment, which has no encoder of its own:"
+            f" its scores are in {run.evaluation.name}; give the run that pre-trained its encoder"
         )
 
 

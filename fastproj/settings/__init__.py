@@ -22,7 +22,7 @@ from fastproj.settings.embed import EMBED, EmbedSettings
 from fastproj.settings.read import load
 from fastproj.settings.run import RUN, Settings
 from fastproj.settings.study import STUDY
-from fastproj.settings.transfer import TRANSFER, TransferSettings
+from fastproj.settings.transfer import SEGMENT, TRANSFER, SegmentSettings, TransferSettings
 
 __all__ = [
     "BENCH",
@@ -31,11 +31,13 @@ __all__ = [
     "PREPARE",
     "REPORT",
     "RUN",
+    "SEGMENT",
     "STUDY",
     "TRANSFER",
     "BenchSettings",
     "EmbedSettings",
     "PrepareSettings",
+    "SegmentSettings",
     "Settings",
     "TransferSettings",
     "load",

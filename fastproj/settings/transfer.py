@@ -1,4 +1,4 @@
-"""What transfer reads: an encoder, a detection set, a detector and its schedule."""
+"""What transfer and segment read: an encoder, a set, what is trained on it, and a schedule."""
 
 from dataclasses import dataclass
 
@@ -50,15 +50,15 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Detector:
-    """the detector and its encoder"""
+class EncoderChoice:
+    """the encoder whose worth is measured"""
 
     checkpoint: str = setting(
         File(),
-        "the encoder: a run folder, or a checkpoint or export, also of another library",
+        "a run folder, or a checkpoint or export, also of another library",
         required=True,
     )
-    encoder: str | None = setting(
+    name: str | None = setting(
         OrNull(Text()),
         "architecture: timm:NAME, torchvision:NAME or package.module:function; null: what the"
         " checkpoint says, or a ResNet that its weights show",
@@ -67,6 +67,12 @@ class Detector:
         Choice("pre-trained", "random"), "random: the same encoder as initialized, as a control",
         "pre-trained",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Detector:
+    """the detector"""
+
     head: str = setting(
         Choice("fpn", "c4"), "feature pyramid, or a ResNet's layer4 after its layer3", "fpn"
     )
@@ -120,6 +126,7 @@ class Training:
 class TransferSettings(Trained):
     """Settings of ``fastproj transfer``."""
 
+    encoder: EncoderChoice
     data: DetectionData
     images: Images
     detector: Detector
@@ -127,4 +134,57 @@ class TransferSettings(Trained):
     train: Training
 
 
+@dataclass(frozen=True)
+class PixelData:
+    """the set whose pixels have classes"""
+
+    format: str = setting(Choice("ade20k", "voc"), "whose folders and masks", "ade20k")
+    root: str = setting(
+        File(), "folder that holds ADEChallengeData2016, or VOCdevkit", required=True
+    )
+    train: tuple[str, ...] = setting(Texts(), "splits to train on", ("training",))
+    val: tuple[str, ...] = setting(Texts(), "splits to score on", ("validation",))
+    download: bool = setting(Bool(), "fetch ADE20K or VOC's splits into data.root first", False)
+    workers: int = setting(Int(0), "processes that read images; 0: this one", 4)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """their size and augmentation"""
+
+    size: int = setting(
+        _side, "side of a crop to train on, and shorter side of a scored image, pixels", 512
+    )
+    scale_min: float = setting(
+        Float(above=0), "smallest shorter side in training, as a multiple of images.size", 0.5
+    )
+    scale_max: float = setting(
+        Float(above=0), "largest shorter side in training, as a multiple of images.size", 2.0
+    )
+    flip_prob: float = setting(Float(low=0, high=1), "probability of a mirror image", 0.5)
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """AdamW and its schedule"""
+
+    lr: float = setting(Float(above=0), "peak learning rate, which falls linearly to 0", 1e-3)
+    batch_size: int = setting(_count, "crops per step, over all ranks", 16)
+    steps: int = setting(_count, "updates", 40_000)
+    warmup_steps: int = setting(Int(0), "linear rise of the rate from 0, steps", 1500)
+    weight_decay: float = setting(Float(low=0), "on weights, never on biases and norms", 1e-4)
+
+
+@dataclass(frozen=True)
+class SegmentSettings(Trained):
+    """Settings of ``fastproj segment``."""
+
+    encoder: EncoderChoice
+    data: PixelData
+    images: Crops
+    optim: LinearSchedule
+    train: Training
+
+
 TRANSFER = Schema(TransferSettings)
+SEGMENT = Schema(SegmentSettings)

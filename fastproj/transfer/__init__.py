@@ -1,1 +1,1 @@
-"""What an encoder is worth elsewhere: detection on its feature maps, by torchvision's builders."""
+"""What an encoder is worth elsewhere: detection and segmentation on its feature maps."""

@@ -2,10 +2,13 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from pycocotools import mask
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -14,17 +17,24 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from fastproj.evaluation.load import LoadedEncoder
+from fastproj.core import dist
 from fastproj.models.architectures import IMAGENET
 from fastproj.models.frozen import frozen as frozen_in_eval
 from fastproj.models.maps import FeatureMaps
 from fastproj.models.norm import synchronize
+from fastproj.training.optim import parameter_groups
+from fastproj.transfer.batches import Sample
+from fastproj.transfer.objects import read
+from fastproj.transfer.scores import Detections
+from fastproj.transfer.sets import Annotated
+from fastproj.transfer.training import as_float, each
 
 HEADS = ("fpn", "c4")
 ANCHOR = 8  # side of an anchor, in cells of its map: 32 pixels at stride 4, as in torchvision
 SIZES = 5  # anchor sizes, each twice the one before
 WIDTH = 256  # channels of a pyramid and of a mask's deconvolution
 RATIOS = (0.5, 1.0, 2.0)  # height / width
+START = 1e-3  # of the peak rate, at step 0, as in detectron2
 
 
 class Trunk(nn.Module):
@@ -105,26 +115,56 @@ def build_detector(
     return detector
 
 
-def train_mode(detector: nn.Module) -> None:
-    """Put ``detector`` in training mode, but for what has weights and none to train."""
-    detector.train()
-    for part in detector.modules():
-        weights = [weight.requires_grad for weight in part.parameters()]
-        if weights and not any(weights):
-            part.eval()
+@dataclass(frozen=True)
+class StepPlan:
+    """``steps`` updates by SGD: rate ``lr``, a tenth of before from each milestone on."""
+
+    steps: int
+    lr: float
+    milestones: Sequence[int] = ()
+    warmup_steps: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def rate(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0: a linear rise, then steps down."""
+        rise = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        down = 0.1 ** sum(step >= milestone for milestone in self.milestones)
+        return self.lr * (START + (1 - START) * rise) * down
+
+    def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """SGD of the module's trainable parameters."""
+        groups = parameter_groups([module], self.weight_decay)
+        return torch.optim.SGD(groups, self.lr, momentum=self.momentum)
 
 
-def weights_line(encoder: LoadedEncoder, detector: nn.Module) -> str:
-    """One line: the encoder's tensors that the detector has, those it has not, and the new ones."""
-    own = encoder.module.state_dict()
-    places = {tensor.data_ptr() for tensor in detector.state_dict().values()}
-    left = [name for name, tensor in own.items() if tensor.data_ptr() not in places]
-    new = len(places) - (len(own) - len(left))
-    rest = f"; {len(left)} are left out: {', '.join(left[:3])}" + ", …" * (len(left) > 3)
-    return (
-        f"{encoder.about['name']}, {encoder.weights}; {len(own) - len(left)} of its {len(own)} "
-        f"tensors are in the detector{rest if left else ''}; {new} others are new"
-    )
+def detect(
+    detector: nn.Module, images: Sequence[Annotated], device: torch.device, **how: Any
+) -> list[Detections] | None:
+    """What ``detector`` finds in each of ``images``, on every rank; ranks share the images.
+
+    None where it was told to stop. ``how``: as ``each`` takes it.
+    """
+    own: dict[int, Detections] = {}
+    detector.eval()
+
+    def look(number: int, sample: Sample) -> None:
+        (found,) = detector([as_float(sample[0], device)])
+        own[number] = _plain(found)
+
+    if not each(images, read, look, **how):
+        return None
+    together = {number: found for part in dist.exchange(own) for number, found in part.items()}
+    return [together[number] for number in range(len(images))]
+
+
+def _plain(found: Mapping[str, Tensor]) -> Detections:
+    """An image's detections on the CPU, its masks as run lengths."""
+    plain: Detections = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
+    if "masks" in found:
+        pixels = (found["masks"][:, 0] > 0.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        plain["masks"] = mask.encode(np.asfortranarray(pixels))
+    return plain
 
 
 def _fpn(maps: FeatureMaps, classes: int, masks: bool, options: dict[str, Any]) -> FasterRCNN:

@@ -99,16 +99,16 @@ def open_set(kind: str, root: str | Path, splits: Sequence[str], download: bool)
 def _voc(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list[Annotated]]:
     year, _, part = split.partition("_")
     try:
-        with _quietly():
+        with quietly():
             reader = VOCDetection(root, year=year, image_set=part, download=download)
     except ValueError as error:
         raise InputError(
-            f"data: VOC has no split {split!r} ({_one_line(error)}): give 2007_trainval, "
+            f"data: VOC has no split {split!r} ({one_line(error)}): give 2007_trainval, "
             "2012_trainval or 2007_test"
         ) from None
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{root} has no split {split} of VOC ({_one_line(error)}): --data.root is the folder "
+            f"{root} has no split {split} of VOC ({one_line(error)}): --data.root is the folder "
             "of VOCdevkit; --data.download true fetches the set"
         ) from None
     return VOC_CLASSES, [
@@ -128,7 +128,7 @@ def _of_voc(image: Path, xml: Path) -> Annotated:
         names = [one["name"] for one in objects]
     except (OSError, ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{xml} is no annotation of VOC ({type(error).__name__}: {_one_line(error)}): copy or "
+            f"{xml} is no annotation of VOC ({type(error).__name__}: {one_line(error)}): copy or "
             "download it again"
         ) from None
     for name in names:
@@ -147,7 +147,7 @@ def _coco(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list
     file = root / "annotations" / f"instances_{split}.json"
     if download and not file.is_file():
         year = split[-4:]
-        with _quietly():
+        with quietly():
             for part in (f"zips/{split}", f"annotations/annotations_trainval{year}"):
                 download_and_extract_archive(f"{COCO_URL}/{part}.zip", root)
     if not file.is_file():
@@ -157,7 +157,7 @@ def _coco(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list
             f"{', '.join(there) or 'none'}; --data.download true fetches COCO's own"
         )
     try:
-        with _quietly():
+        with quietly():
             coco = CocoDetection(root / split, str(file)).coco
         names = {one["id"]: one["name"] for one in coco.loadCats(sorted(coco.getCatIds()))}
         label = {category: number for number, category in enumerate(names, start=1)}
@@ -191,7 +191,7 @@ def _coco(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(
-            f"{file} holds no instances of COCO ({type(error).__name__}: {_one_line(error)}): "
+            f"{file} holds no instances of COCO ({type(error).__name__}: {one_line(error)}): "
             "copy or download it again"
         ) from None
     return tuple(names.values()), images
@@ -233,13 +233,13 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Nothing on stdout, where these readers print."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

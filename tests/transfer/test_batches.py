@@ -1,5 +1,6 @@
 """What a detector is trained on: the same images, drawn alike, on any number of ranks."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from fastproj.core.errors import InputError
 from fastproj.loaders.order import Order
-from fastproj.transfer.batches import augmentation, batches, read, trainable
+from fastproj.transfer.batches import batches
+from fastproj.transfer.objects import augmentation, read, trainable
 from fastproj.transfer.sets import Annotated, open_set
 from tests.support.detection import images, write_coco, write_voc
 
@@ -25,9 +27,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> list[Annotated]:
 
 def drawn(opened: list[Annotated], world: int, rank: int, **more) -> list:
     order = Order(len(opened), 4 // world, 7, rank=rank, world_size=world)
-    return list(
-        batches(opened, order, 2, masks=True, transform=augmentation([32, 48], 60, 0.5), **more)
-    )
+    how = {"read": partial(read, masks=True), "transform": augmentation([32, 48], 60, 0.5)}
+    return list(batches(opened, order, 2, **how, **more))
 
 
 def same(a: tuple, b: tuple) -> bool:

@@ -10,8 +10,9 @@ from torch import nn
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
 from fastproj.models.encoders import build_encoder
 from fastproj.models.maps import FeatureMaps
-from fastproj.transfer.detector import Trunk, build_detector, train_mode, weights_line
-from fastproj.transfer.training import DetectorTrainer, Plan
+from fastproj.transfer.detector import StepPlan, Trunk, build_detector
+from fastproj.transfer.run import weights_line
+from fastproj.transfer.training import Trainer, train_mode
 
 SMALL = {"proposals": 20, "rois": 8, "min_size": 64, "max_size": 96}
 TARGET = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([2]),
@@ -39,7 +40,7 @@ def encoder(name: str = "resnet_small", stem: str = "imagenet") -> nn.Module:
 def test_a_step_trains_all_but_a_frozen_encoder(name: str, stem: str, options: dict) -> None:
     own = encoder(name, stem)
     detector = build_detector(own, 3, **SMALL, **options)
-    trainer = DetectorTrainer(detector, Plan(4, 1e-3), torch.device("cpu"))
+    trainer = Trainer(detector, StepPlan(4, 1e-3), torch.device("cpu"))
     before = copy.deepcopy(detector.state_dict())
     losses = trainer.train_step(BATCH)
     assert losses["loss"].isfinite() and ("loss_mask" in losses) == ("masks" in options)
@@ -84,7 +85,7 @@ def test_the_trunk_gives_the_encoders_maps_cut_to_whole_strides() -> None:
 
 def test_frozen_batch_norms_keep_their_statistics_also_when_calibrated() -> None:
     detector = build_detector(encoder(), 3, frozen=True, **SMALL)
-    trainer = DetectorTrainer(detector, Plan(1, 1e-3), torch.device("cpu"))
+    trainer = Trainer(detector, StepPlan(1, 1e-3), torch.device("cpu"))
     maps = copy.deepcopy(detector.backbone.maps.state_dict())
     trainer.calibrate([BATCH])
     assert all(torch.equal(maps[k], t) for k, t in detector.backbone.maps.state_dict().items())
@@ -94,7 +95,7 @@ def test_frozen_batch_norms_keep_their_statistics_also_when_calibrated() -> None
 
 def test_calibrated_statistics_are_the_mean_over_the_batches() -> None:
     detector = build_detector(encoder(), 3, **SMALL)
-    trainer = DetectorTrainer(detector, Plan(1, 1e-3), torch.device("cpu"))
+    trainer = Trainer(detector, StepPlan(1, 1e-3), torch.device("cpu"))
     seen: list[torch.Tensor] = []
     norm = detector.backbone.maps.body.bn1
     norm.register_forward_pre_hook(lambda _, x: seen.append(x[0].mean((0, 2, 3))))
@@ -116,7 +117,7 @@ def test_one_line_says_which_tensors_arrived(tmp_path: Path) -> None:
     new = len(detector.state_dict()) - 120  # nothing is shared
     assert "120 of 120 weights match (key 'state_dict', prefix 'module.encoder_q.')" in line
     assert "1 not used: module.queue" in line
-    assert line.endswith(f"120 of its 120 tensors are in the detector; {new} others are new")
+    assert line.endswith(f"120 of its 120 tensors are in the model; {new} others are new")
     vit = encoder("timm:vit_tiny_patch16_224")
     named = LoadedEncoder(vit, {"name": "timm:vit"}, "FILE", lambda: vit)
     line = weights_line(named, build_detector(vit, 3, **SMALL))
@@ -124,7 +125,7 @@ def test_one_line_says_which_tensors_arrived(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_and_steps_down() -> None:
-    plan = Plan(100, 0.02, [60, 80], 10)
+    plan = StepPlan(100, 0.02, [60, 80], 10)
     assert plan.rate(0) == pytest.approx(2e-5) and plan.rate(5) == pytest.approx(0.01001)
     rates = [plan.rate(step) for step in (10, 59, 60, 79, 80, 99)]
     assert rates == pytest.approx([0.02, 0.02, 0.002, 0.002, 2e-4, 2e-4])

@@ -10,7 +10,7 @@ from fastproj.models.encoders import build_encoder
 from fastproj.runs import journal
 from fastproj.runs.folder import RunFolder
 from fastproj.settings import TRANSFER, load
-from fastproj.transfer.command import transfer
+from fastproj.transfer.detection import transfer
 from tests.support.detection import images, write_voc
 
 SMALL = {
@@ -29,7 +29,7 @@ def test_a_detector_learns_from_a_random_encoder_that_it_trains(tmp_path: Path) 
     write_voc(tmp_path, "2007", "test", images(1, 24, 48))
     torch.manual_seed(0)
     torch.save(build_encoder("resnet18", "imagenet").state_dict(), tmp_path / "r18.pt")
-    given = {"data.root": tmp_path, "detector.checkpoint": tmp_path / "r18.pt",
+    given = {"data.root": tmp_path, "encoder.checkpoint": tmp_path / "r18.pt",
              "run.dir": tmp_path / "runs", "run.name": "r", **SMALL}  # fmt: skip
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     run = RunFolder(transfer(load(TRANSFER, words, "fastproj transfer", "")))

@@ -1,6 +1,5 @@
 """The command: a detector learns, stops, goes on bit for bit, on one rank and on two."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,10 +14,10 @@ from fastproj.evaluate import main as evaluate
 from fastproj.export import main as export
 from fastproj.models.encoders import build_encoder
 from fastproj.report import main as report
-from fastproj.runs import checkpoint, journal
 from fastproj.settings import TRANSFER, load
-from fastproj.transfer.command import transfer
+from fastproj.transfer.detection import transfer
 from tests.support.detection import images, write_coco, write_voc
+from tests.support.transfers import assert_same, ended
 
 ROOT = Path(__file__).parents[2]
 BASE = {
@@ -56,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, folder: Path, **changes: object) -> list[str]:
-    given = {"data.root": root, "detector.checkpoint": root / "r18.pt", "run.dir": folder,
+    given = {"data.root": root, "encoder.checkpoint": root / "r18.pt", "run.dir": folder,
              "run.name": "r", **BASE, **VOC}  # fmt: skip
     given |= {name.replace("__", "."): value for name, value in changes.items()}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -66,40 +65,13 @@ def run(root: Path, folder: Path, **changes: object) -> Path:
     return transfer(load(TRANSFER, options(root, folder, **changes), "fastproj transfer", ""))
 
 
-def ended(run: Path) -> tuple[dict, list, dict]:
-    """The last checkpoint's state, the losses by step, and the scores."""
-    newest = checkpoint.latest(run / "checkpoints")
-    assert newest
-    events = journal.read(run / "metrics.jsonl")
-    losses = [(e["step"], e["loss"]) for e in events if e["event"] == "step"]
-    (row,) = json.loads((run / "eval.json").read_text())["rows"]
-    return checkpoint.load(newest), losses, row
-
-
-def flat(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
-        value, list) else ()  # fmt: skip
-    return {k: t for key, inner in items for k, t in flat(inner, f"{prefix}/{key}").items()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    (state, losses, row), (others, other_losses, other_row) = ended(a), ended(b)
-    ours, theirs = flat(state), flat(others)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert losses == other_losses and [step for step, _ in losses] == list(range(1, 7))
-    assert row["metrics"] == other_row["metrics"]
-
-
 @pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_same_bit_for_bit(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     whole = run(root, tmp_path / "whole")
     said = capsys.readouterr()
-    assert "120 of its 120 tensors are in the detector" in said.err
+    assert "120 of its 120 tensors are in the model" in said.err
     assert "1 of 9 images of 2007_trainval have no object to train on" in said.err
     assert "voc07_ap50" in said.out and "box_ap50" in said.out
     run(root, tmp_path, train__stop_after=3)  # within an epoch of four steps
@@ -111,7 +83,7 @@ def test_stopped_and_resumed_it_is_the_same_bit_for_bit(
     assert row["probe"] == "detection" and row["protocol"]["probe"]["optim.steps"] == 6
     assert state["data"] == row["protocol"]["data"]["content"]
     for command in (evaluate, export):
-        with pytest.raises(InputError, match="r is a run of fastproj transfer.* eval.json"):
+        with pytest.raises(InputError, match="r is a run of fastproj transfer .* eval.json"):
             command([str(broken)])
     report([str(broken)])
     assert "voc07_ap50" in (broken / "report.html").read_text()
@@ -134,7 +106,7 @@ def test_what_does_not_fit_a_run_is_refused_in_one_line(root: Path, tmp_path: Pa
         (resume | {"optim__lr": 0.5}, "was made with optim.lr = 0.02, now it is 0.5"),
         (resume | other_set(root, tmp_path / "other"), "was trained on other data"),
         ({"run__name": "b", "optim__batch_size": 99}, "a batch of 99 .* is larger than the set"),
-        ({"run__name": "b", "detector__checkpoint": tmp_path / "x"}, "there is no checkpoint"),
+        ({"run__name": "b", "encoder__checkpoint": tmp_path / "x"}, "there is no checkpoint"),
         ({"run__name": "b", "detector__masks": "true"}, "has no outline"),
     ]:
         with pytest.raises(InputError, match=says) as refused:
