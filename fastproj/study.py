@@ -1,8 +1,8 @@
 """Command: does a treatment help? ``python -m fastproj.study --cfg rcfg/study/digits.yaml``
 
 A study file -> arms x sets x seeds as ordinary runs, each brought to its end by the ordinary
-commands -> paired differences with intervals, as a table on the terminal and in the study's folder.
-Started again, it goes on where it was.
+commands (train and evaluate; transfer; segment) -> paired differences with intervals, as a table on
+the terminal and in the study's folder. Started again, it goes on where it was.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -16,15 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text, writing
 from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.sets import open_sets
-from fastproj.settings import RUN, STUDY, Settings, load
-from fastproj.settings.study import StudySettings, read_blocks
+from fastproj.settings import STUDY, Settings, load
+from fastproj.settings.run import Trained
+from fastproj.settings.study import COMMANDS, SCORED_BY, StudySettings, read_blocks
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
 from fastproj.studies.running import Executor, Runner, locked
@@ -45,6 +48,7 @@ def build_plan(settings: StudySettings) -> Plan:
     that cannot be compared.
     """
     study, blocks = settings.study, read_blocks(settings)
+    trains = study.command == "train"
     arms = []
     for name, block in blocks.arms.items():
         recipe = block.recipe or study.recipe
@@ -71,25 +75,43 @@ def build_plan(settings: StudySettings) -> Plan:
         seeds=study.seeds,
         sweep_seeds=study.sweep_seeds,
         # A run's own baselines would be scored once per run; the study may still ask for them.
-        settings={"eval.baselines": "false", **blocks.settings},
+        settings={**({"eval.baselines": "false"} if trains else {}), **blocks.settings},
         plugins=settings.plugins,
+        command=study.command,
     )
+    if not trains and any(arm.sweep for arm in arms):
+        raise SettingError(
+            f"sweep: fastproj {study.command} holds out nothing of train that could choose: leave "
+            "the sweep out"
+        )
     noisy = []
     for arm in plan.arms:
         for dataset in plan.sets:
             found = [_read(plan.job(arm, dataset, plan.seeds[0], tried)) for tried in arm.tries()]
             for one in found:
-                _check_primary(study.primary, one, f"the arm {arm.name} on {dataset}")
-            if any(_adds_noise(one) for one in found) and arm.name not in noisy:
+                _check_primary(
+                    study.primary, one, f"the arm {arm.name} on {dataset}", study.command
+                )
+            if (
+                any(isinstance(one, Settings) and _adds_noise(one) for one in found)
+                and arm.name not in noisy
+            ):
                 noisy.append(arm.name)
     if not study.controls:
         return plan
     return replace(plan, arms=with_controls(plan.arms, plan.baseline, noisy))
 
 
-def _check_primary(primary: str, settings: Settings, who: str) -> None:
+def _check_primary(primary: str, settings: Trained, who: str, command: str) -> None:
     """Raise ``SettingError`` where a run would not be scored by the probe that decides."""
     probe = primary.partition(".")[0]
+    if not isinstance(settings, Settings):
+        if probe != SCORED_BY[command]:
+            raise SettingError(
+                f"study.primary is {primary!r}, and fastproj {command} gives "
+                f"{SCORED_BY[command]}.METRIC"
+            )
+        return
     if probe not in PROBES:
         raise SettingError(
             f"study.primary is {primary!r}, and no probe is called {probe!r}; write PROBE.METRIC "
@@ -102,16 +124,18 @@ def _check_primary(primary: str, settings: Settings, who: str) -> None:
         )
 
 
-def _read(job: Job) -> Settings:
-    """The settings of a run, as train will read them."""
+def _read(job: Job) -> Trained:
+    """The settings of a run, as its command will read them."""
     try:
-        return load(RUN, job.argv(), "python -m fastproj.train", "")
+        return load(COMMANDS[job.command], job.argv(), f"fastproj {job.command}", "")
     except InputError as error:
         message = str(error).replace("command line: ", "").replace("--cfg", "its recipe")
         raise type(error)(f"arm {job.arm} on {job.dataset}: {message}") from None
 
 
-def _adds_noise(settings: Settings) -> bool:
+def _adds_noise(settings: Trained) -> bool:
+    if not isinstance(settings, Settings):
+        return False
     noisy = settings.superfluous
     return noisy.noise != "none" and any(noisy.lambda_a + noisy.lambda_b)
 
@@ -119,7 +143,8 @@ def _adds_noise(settings: Settings) -> bool:
 def check_run(job: Job) -> None:
     """Raise ``InputError`` where the job's folder holds a run of other settings."""
     wanted = _read(job).flat()
-    kept = load(RUN, [], "python -m fastproj.train", "", config=job.run.config).flat()
+    schema, prog = COMMANDS[job.command], f"fastproj {job.command}"
+    kept = load(schema, [], prog, "", config=job.run.config).flat()
     for name in [*wanted, *kept]:
         if wanted.get(name) != kept.get(name) and not name.startswith(FREE):
             raise InputError(
@@ -136,11 +161,11 @@ def study(settings: StudySettings) -> dict[str, Any]:
     what is there, and the exit code is 128 + the signal's number.
     """
     plan = build_plan(settings)
-    val = {name: _open_set(plan, name) for name in plan.sets}
+    val = {name: _labels(plan, name) for name in plan.sets}
     scores: dict[Job, Score] = {}
 
     def finished(job: Job) -> str:
-        scores[job] = read_score(job, plan.primary, val[job.dataset].label)
+        scores[job] = read_score(job, plan.primary, val[job.dataset])
         return f"{plan.primary} {scores[job].primary:.2f}"
 
     with writing(plan.folder):
@@ -189,23 +214,29 @@ def _leave(number: int) -> None:
         raise SystemExit(128 + number)
 
 
-def _open_set(plan: Plan, dataset: str) -> Beton:
-    """The val set of every run on ``dataset``; the arms must agree on it."""
-    found = {}
+def _labels(plan: Plan, dataset: str) -> NDArray[np.integer] | None:
+    """The labels of every run's val images on ``dataset``; the arms must agree on the data.
+
+    None where no class of an image is predicted.
+    """
+    found: dict[tuple[object, ...], str] = {}
     for arm in plan.arms:
-        data = _read(plan.job(arm, dataset, plan.seeds[0], arm.tries()[0])).data
-        if data.val is None:
+        flat = _read(plan.job(arm, dataset, plan.seeds[0], arm.tries()[0])).flat()
+        where = [flat.get(f"data.{name}") for name in ("format", "root", "train", "val")]
+        if where[-1] is None:
             raise InputError(f"arm {arm.name} on {dataset}: data.val is missing")
-        found[data.train, data.val] = arm.name
+        found[*where] = arm.name
     if len(found) > 1:
         raise InputError(
             f"the arms {' and '.join(found.values())} have different data on {dataset}: give the "
             f"set's data.train and data.val below sets.{dataset}"
         )
-    ((train, val),) = found
-    found_val = open_sets(train, val).val
+    if plan.command != "train":
+        return None
+    ((*_, train, val),) = found
+    found_val = open_sets(str(train), str(val)).val
     assert isinstance(found_val, Beton)  # runs train on betons
-    return found_val
+    return found_val.label
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ TITLES = {
     "published": "Published probes: an epoch of linear heads on new crops of a frozen encoder",
     "start": "Start: building a loader to its first batch, in a new process (seconds: 1 / rate)",
     "growth": "Growth: rate and memory against workers, pixels, batch, latents and epochs",
+    "detection": "Detection: photographs with objects to a detector's input",
     "encoders": "Encoders: models of timm through train, resume, evaluate and export",
     "imagenet1k": "ImageNet-1k: a set of its size",
     "endtoend": "End to end: SimCLR from images to accuracy",

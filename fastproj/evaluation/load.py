@@ -59,13 +59,17 @@ class LoadedEncoder:
 
 
 def load_encoder(
-    path: Path | None, name: str | None = None, size: int | None = None
+    path: Path | None,
+    name: str | None = None,
+    size: int | None = None,
+    setting: str = "eval.encoder",
 ) -> LoadedEncoder:
     """The encoder with the weights in the file ``path``, of the architecture ``name``.
 
     ``name`` None: what a checkpoint or export of ours says, or a ResNet that the weights show.
     Otherwise as ``build_architecture`` takes it. ``path`` None: a function's module keeps the
-    weights that it comes with. ``size``: side of the images, pixels.
+    weights that it comes with. ``size``: side of the images, pixels. ``setting``: what gives the
+    name, for the messages.
 
     Raises ``InputError`` for a file that is missing, damaged or of another architecture, and
     ``SettingError`` for a name that does not exist.
@@ -73,16 +77,16 @@ def load_encoder(
     if name is not None:
         if not is_address(name):
             raise SettingError(
-                f"eval.encoder: no {name!r}; give timm:NAME, torchvision:NAME or "
+                f"{setting}: no {name!r}; give timm:NAME, torchvision:NAME or "
                 "package.module:function; a run folder or a ResNet's checkpoint needs none"
             )
         built = build_architecture(name, size)
         again = partial(build_architecture, name, size)
         if path is not None:
-            return _with_weights(built, again, path, read_weights(path))
+            return _with_weights(built, again, path, read_weights(path), setting)
         if not built.has_weights:
             raise InputError(
-                f"eval.encoder {name} has random weights: give its own as --eval.checkpoint FILE"
+                f"{setting} {name} has random weights: give its own as --eval.checkpoint FILE"
             )
         return _loaded(built, again, "as the function gives them")
     assert path is not None  # a command finds one, or has refused
@@ -95,18 +99,22 @@ def load_encoder(
     if group is None:
         raise InputError(
             f"{path} is no export of fastproj, no checkpoint of fastproj.train, and no ResNet that "
-            "its weights show: give --eval.encoder timm:NAME, torchvision:NAME or "
+            f"its weights show: give --{setting} timm:NAME, torchvision:NAME or "
             "package.module:function"
         )
     # The first ResNet says the architecture; of all that fit it, ``find_weights`` takes the right.
     again = partial(of_resnet, group)
-    return _with_weights(again(), again, path, state)
+    return _with_weights(again(), again, path, state, setting)
 
 
 def _with_weights(
-    built: Architecture, again: Callable[[], Architecture], path: Path, state: Mapping[str, Any]
+    built: Architecture,
+    again: Callable[[], Architecture],
+    path: Path,
+    state: Mapping[str, Any],
+    setting: str,
 ) -> LoadedEncoder:
-    return _loaded(built, again, _fill(built.module, path, state))
+    return _loaded(built, again, _fill(built.module, path, state, setting))
 
 
 def load_weights(encoder: nn.Module, path: Path) -> str:
@@ -119,9 +127,7 @@ def load_weights(encoder: nn.Module, path: Path) -> str:
     return _fill(encoder, path, state, "model.encoder")
 
 
-def _fill(
-    module: nn.Module, path: Path, state: Mapping[str, Any], setting: str = "eval.encoder"
-) -> str:
+def _fill(module: nn.Module, path: Path, state: Mapping[str, Any], setting: str) -> str:
     wanted = module.state_dict()
     group = find_weights(path, state, wanted, setting)
     module.load_state_dict(as_state(group, wanted))

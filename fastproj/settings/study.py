@@ -12,9 +12,12 @@ from fastproj.settings.checkers import Bool, Choice, File, Float, Int, OrNull, T
 from fastproj.settings.choose import check
 from fastproj.settings.run import RUN
 from fastproj.settings.schema import Declared, Given, Loaded, Schema, setting
+from fastproj.settings.transfer import SEGMENT, TRANSFER
 
 BLOCKS = ("settings", "sets", "arms", "sweep", "submitit")
 PARTS = ("recipe", "settings", "published", "acted", "sweep")  # of an arm
+COMMANDS: dict[str, Schema[Any]] = {"train": RUN, "transfer": TRANSFER, "segment": SEGMENT}
+SCORED_BY = {"transfer": "detection", "segment": "segmentation"}  # their only probe
 # What a study gives each run itself.
 FIXED = ("run.name", "run.dir", "run.seed", "run.resume", "train.stop_after")
 
@@ -42,6 +45,12 @@ class Study:
         Text(), "folder of the study under study.dir; by default the file's name", "study"
     )
     dir: str = setting(File(), "folder that holds the studies", "runs")
+    command: str = setting(
+        Choice(*COMMANDS),
+        "what each run is: train (and evaluate), or transfer or segment, of an encoder's worth"
+        " elsewhere",
+        "train",
+    )
     recipe: str | None = setting(
         OrNull(File()), "recipe of every arm that names none; {set} stands for the set's name"
     )
@@ -103,19 +112,21 @@ class Blocks(NamedTuple):
     submitit: dict[str, Any]
 
 
-def read_blocks(settings: Loaded) -> Blocks:
+def read_blocks(settings: StudySettings) -> Blocks:
     """What stands in the blocks, in the order of the file; of two values the later one counts.
 
     Values stay text: the settings of each run are read from them as from a command line. Raises
-    ``SettingError`` for a name that no setting has, and for a part that an arm does not have.
+    ``SettingError`` for a name that no setting of the study's command has, and for a part that an
+    arm does not have.
     """
+    schema = COMMANDS[settings.study.command]
     found = Blocks({}, {}, {}, {}, {})
     for item in settings._blocks:
         block, _, rest = item.name.partition(".")
         if block == "settings":
-            found.settings.update(_setting(rest, item))
+            found.settings.update(_setting(rest, item, schema))
         elif block == "sweep":
-            found.sweep.update(_tries(rest, item))
+            found.sweep.update(_tries(rest, item, schema))
         elif block == "submitit":
             found.submitit.update(_parameter(rest, item))
         else:
@@ -127,21 +138,23 @@ def read_blocks(settings: Loaded) -> Blocks:
             place = found.sets if block == "sets" else found.arms
             one = place.setdefault(name, Block(item.where))
             if rest:
-                _read_part(one, block, name, rest, item)
+                _read_part(one, block, name, rest, item, schema)
             elif item.text is not None:
                 raise SettingError(f"{item.where}: {item.name} has parts; write them below it")
     return found
 
 
-def _read_part(one: Block, block: str, name: str, rest: str, item: Given) -> None:
+def _read_part(
+    one: Block, block: str, name: str, rest: str, item: Given, schema: Schema[Any]
+) -> None:
     if block == "sets":
-        one.settings |= _setting(rest, item)
+        one.settings |= _setting(rest, item, schema)
         return
     part, _, inner = rest.partition(".")
     if part == "settings":
-        one.settings |= _setting(inner, item)
+        one.settings |= _setting(inner, item, schema)
     elif part == "sweep":
-        one.sweep |= _tries(inner, item)
+        one.sweep |= _tries(inner, item, schema)
     elif part == "published":
         value = check(Declared(Float(), ""), item)
         assert isinstance(value, float)
@@ -171,22 +184,22 @@ def _parameter(name: str, item: Given) -> dict[str, Any]:
     return {name: value}
 
 
-def _setting(name: str, item: Given) -> dict[str, str]:
+def _setting(name: str, item: Given, schema: Schema[Any]) -> dict[str, str]:
     """One setting of a run. A plugin's own are known only where the run is read."""
     if name in FIXED:
         raise SettingError(f"{item.where}: a study gives {name} to each run itself; leave it out")
-    if name not in RUN.params and not RUN.is_option(name):
-        if item.text is None and name in RUN.groups:
+    if name not in schema.params and not schema.is_option(name):
+        if item.text is None and name in schema.groups:
             return {}
-        right = nearest(name, RUN.params)
+        right = nearest(name, schema.params)
         raise SettingError(f"{item.where}: unknown setting {name!r}; did you mean {right!r}?")
     text = item.text
     return {name: ",".join(text) if isinstance(text, list) else "null" if text is None else text}
 
 
-def _tries(name: str, item: Given) -> dict[str, tuple[str, ...]]:
+def _tries(name: str, item: Given, schema: Schema[Any]) -> dict[str, tuple[str, ...]]:
     """The values that a sweep tries for one setting."""
-    _setting(name, item)
+    _setting(name, item, schema)
     texts = item.text.strip("[] ").split(",") if isinstance(item.text, str) else item.text or []
     values = tuple(text.strip() for text in texts)
     if len(set(values)) < 2:

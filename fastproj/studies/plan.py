@@ -89,6 +89,7 @@ class Job:
     overrides: Mapping[str, str] = field(compare=False)
     trial: int | None = None  # of a sweep
     plugins: tuple[str, ...] = ()
+    command: str = "train"
 
     @property
     def name(self) -> str:
@@ -96,7 +97,7 @@ class Job:
         return "/".join(self.run.path.parts[-2 if self.trial is None else -3 :])
 
     def argv(self) -> list[str]:
-        """The words of ``fastproj train`` that start it."""
+        """The words after ``fastproj train``, or the job's other command, that start it."""
         options = [f"--{name}={text}" for name, text in self.overrides.items()]
         options += [f"--plugins={','.join(self.plugins)}"] if self.plugins else []
         return [f"--cfg={self.recipe}", *options]
@@ -106,8 +107,9 @@ class Job:
 class Plan:
     """A study: its folder, its arms in order, and what each set changes.
 
-    ``settings`` are every run's; those of the set come after them, then the arm's. ``plugins``:
-    every run imports them.
+    ``settings`` are every run's; those of the set come after them, then the arm's. In all of them
+    ``{set}`` stands for the set's name and ``{seed}`` for the run's. ``plugins``: every run imports
+    them. ``command``: of every run.
     """
 
     folder: Path
@@ -119,6 +121,7 @@ class Plan:
     sweep_seeds: tuple[int, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    command: str = "train"
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -159,9 +162,14 @@ class Plan:
         seed = pair + (NUISANCE if arm.control == NO_OP else 0)
         overrides = {"run.dir": str(folder), "run.name": tag, "run.seed": str(seed)}
         for layer in (self.settings, self.sets[dataset], arm.settings, chosen or {}, arm.forced):
-            overrides |= layer
+            overrides |= {
+                name: text.replace("{set}", dataset).replace("{seed}", str(pair))
+                for name, text in layer.items()
+            }
         recipe = arm.recipe.replace("{set}", dataset)
-        return Job(arm.name, dataset, pair, run, recipe, overrides, trial, self.plugins)
+        return Job(
+            arm.name, dataset, pair, run, recipe, overrides, trial, self.plugins, self.command
+        )
 
     def sweeps(self) -> list[Job]:
         """The runs of the sweeps: nothing where no arm has one."""

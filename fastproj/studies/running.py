@@ -41,17 +41,19 @@ class StudyError(InputError):
     """What is wrong with the study, and not with one of its runs."""
 
 
-def state(run: RunFolder) -> State:
-    """How far a run has come. Raises ``InputError`` where its journal or its scores are damaged.
+def state(run: RunFolder, by: str = "train") -> State:
+    """How far a run of the command ``by`` has come.
 
     ``absent`` is also a run without a checkpoint, which a kill left before its first step.
     ``trained``: it has ended, and was not evaluated since. ``whole`` needs no checkpoint any more:
-    scores that belong to the last step are kept when the weights are thrown away.
+    scores that belong to the last step are kept when the weights are thrown away. Other commands
+    than train score before they end, and leave ``trained`` out. Raises ``InputError`` where journal
+    or scores are damaged.
     """
     ends = journal.read(run.metrics) if run.metrics.exists() else []
     ends = [event["step"] for event in ends if event["event"] == "end"]
     scored = ends and run.evaluation.exists()
-    if scored and read_evaluation(run).checkpoint["step"] == ends[-1]:
+    if scored and (by != "train" or read_evaluation(run).checkpoint["step"] == ends[-1]):
         return "whole"
     if checkpoint.latest(run.checkpoints) is None:
         if run.evaluation.exists():
@@ -60,14 +62,14 @@ def state(run: RunFolder) -> State:
                 "the folder"
             )
         return "absent"
-    return "trained" if ends else "cut"
+    return "trained" if ends and by == "train" else "cut"
 
 
 def command(job: Job, found: State) -> list[str]:
     """The words after ``fastproj`` of the next command of a job whose run has come so far."""
     if found == "absent":
-        return ["train", *job.argv()]
-    return [*(["train", "--run.resume"] if found == "cut" else ["evaluate"]), str(job.run.path)]
+        return [job.command, *job.argv()]
+    return [*([job.command, "--run.resume"] if found == "cut" else ["evaluate"]), str(job.run.path)]
 
 
 def spawn(argv: Sequence[str], output: IO[bytes], environment: Mapping[str, str],
@@ -224,7 +226,7 @@ class Executor:
         ``before``: what the last command found, and was to change.
         """
         try:
-            found = state(job.run)
+            found = state(job.run, job.command)
             if found != "absent":
                 self._check(job)
             if found == before:

@@ -54,7 +54,7 @@ class Work:
         # An earlier, killed start of the study may have left a job for the same run.
         with locked(path.with_suffix(".lock"), math.inf) as lock, open(path, "ab") as output:
             before = None
-            while (found := state(self.job.run)) != "whole":
+            while (found := state(self.job.run, self.job.command)) != "whole":
                 if found == before:
                     return f"{self.job.run.path} is as {found} as before its last command"
                 before = found

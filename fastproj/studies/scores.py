@@ -42,15 +42,17 @@ class Score:
     environment: dict[str, Any]
 
 
-def read_score(job: Job, primary: str, labels: NDArray[np.integer]) -> Score:
-    """Read a whole run. ``labels``: of the val images, int (N,).
+def read_score(job: Job, primary: str, labels: NDArray[np.integer] | None) -> Score:
+    """Read a whole run. ``labels``: of the val images, int (N,); None where none are predicted.
 
     Raises ``StudyError`` where no probe gives the metric ``primary``, and ``InputError`` where a
     file is missing or damaged.
     """
     run = job.run
     evaluation, events = read_evaluation(run), journal.read(run.metrics)
-    ours = [row for row in evaluation.rows if row.encoder.partition("/")[0] == ENCODER]
+    ours = list(evaluation.rows)
+    if job.command == "train":  # another command has one row, of the encoder that it was given
+        ours = [row for row in ours if row.encoder.partition("/")[0] == ENCODER]
     own = ours[0].data if ours else ""
     rows = {f"{row.probe}.{m}{_place(row, own)}": (row, m) for row in ours for m in row.metrics}
     metrics = {name: row.metrics[metric] for name, (row, metric) in rows.items()}
@@ -74,9 +76,9 @@ def read_score(job: Job, primary: str, labels: NDArray[np.integer]) -> Score:
         metrics=metrics,
         primary=POINTS * metrics[primary],
         holdout=None if held is None else POINTS * held,
-        correct=_correct(job, row, labels) if kept else None,
+        correct=_correct(job, row, labels) if kept and labels is not None else None,
         diagnostics=epochs[-1]["diagnostics"] if epochs else {},
-        protocol=_protocol(row),
+        protocol=_protocol(row) if job.command == "train" else {"data": row.protocol["data"]},
         hours=busy / 3600,
         rate=events[-1].get("images_per_second", math.nan),
         environment=environment,

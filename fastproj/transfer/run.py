@@ -109,7 +109,7 @@ class Work(ABC, Generic[S, C]):
 
     @cached_property
     def encoder(self) -> LoadedEncoder:
-        found = load_encoder(self.file, self.settings.encoder.name)
+        found = load_encoder(self.file, self.settings.encoder.name, setting="encoder.name")
         if self.settings.encoder.weights == "random":
             return found.at_random(self.settings.run.seed)
         return found

@@ -22,6 +22,7 @@ from fastproj.bench import (
     chain,
     compare,
     decode,
+    detection,
     endtoend,
     growth,
     heads,
@@ -182,6 +183,12 @@ def test_every_loader_is_measured_on_the_same_images(photos: Beton, small: Beton
     jpegs = both | {"DALI from files", "SPDL from files", "decode alone"}
     raw = both | {"resident", "memory copy"}
     assert found == {("jpeg", name) for name in jpegs} | {("raw", name) for name in raw}
+
+
+def test_detections_input_beside_torchvisions(photos: Beton) -> None:
+    rows = detection.run(plan(photos), images=6)
+    assert [row.role for row in rows] == ["ours", "peer", "peer", "limit"] * 2
+    assert all(row.rate for row in rows)
 
 
 @pytest.mark.parametrize("make", [peers.torchvision_views, peers.pillow_views])
