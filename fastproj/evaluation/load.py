@@ -86,7 +86,8 @@ def load_encoder(
             return _with_weights(built, again, path, read_weights(path), setting)
         if not built.has_weights:
             raise InputError(
-                f"{setting} {name} has random weights: give its own as --eval.checkpoint FILE"
+                f"{setting} {name} has random weights: give its own as "
+                f"--{setting.partition('.')[0]}.checkpoint FILE"
             )
         return _loaded(built, again, "as the function gives them")
     assert path is not None  # a command finds one, or has refused

@@ -53,10 +53,10 @@ class Images:
 class EncoderChoice:
     """the encoder whose worth is measured"""
 
-    checkpoint: str = setting(
-        File(),
-        "a run folder, or a checkpoint or export, also of another library",
-        required=True,
+    checkpoint: str | None = setting(
+        OrNull(File()),
+        "a run folder, or a checkpoint or export, also of another library; null: the weights that"
+        " the function of encoder.name gives",
     )
     name: str | None = setting(
         OrNull(Text()),

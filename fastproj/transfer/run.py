@@ -18,7 +18,7 @@ from torch import nn
 
 from fastproj.core import dist
 from fastproj.core.device import choose_device, choose_precision, prepare_device
-from fastproj.core.errors import InputError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import sha256
 from fastproj.core.interruption import Interruption
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
@@ -97,9 +97,16 @@ class Work(ABC, Generic[S, C]):
         return f"{self.train.content()} {self.val.content()}"
 
     @cached_property
-    def file(self) -> Path:
-        """The encoder's file."""
-        path = Path(self.settings.encoder.checkpoint)
+    def file(self) -> Path | None:
+        """The encoder's file; None where a function gives its weights."""
+        chosen = self.settings.encoder
+        if chosen.checkpoint is None:
+            if chosen.name is None:
+                raise SettingError(
+                    "give --encoder.checkpoint a run folder or a file with an encoder's weights"
+                )
+            return None
+        path = Path(chosen.checkpoint)
         if not path.is_dir():
             return path
         newest = checkpoint.latest(RunFolder.open(path).checkpoints)
@@ -201,7 +208,8 @@ def facts(work: Work[Any, Any]) -> Mapping[str, object]:
     """What the ranks must have in common beside the settings."""
     if work.settings.data.download:
         raise InputError("data.download: fetch the set with one process, then start the ranks")
-    return {"the content of the sets": work.content, "the encoder's file": sha256(work.file)}
+    file = work.file and sha256(work.file)
+    return {"the content of the sets": work.content, "the encoder's file": file}
 
 
 def _open_journal(work: Work[Any, Any], folder: RunFolder, found: Path | None) -> Journal:
@@ -286,8 +294,8 @@ def _evaluation(work: Work[Any, Any], scores: dict[str, float], seconds: float) 
     )
     return Evaluation(
         checkpoint={
-            "file": str(work.file),
-            "sha256": sha256(work.file),
+            "file": work.file and str(work.file),
+            "sha256": work.file and sha256(work.file),
             "step": work.encoder.step,
             "epoch": work.encoder.epoch,
         },

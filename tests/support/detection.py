@@ -23,8 +23,10 @@ class Drawn(NamedTuple):
     outline: list[float]
 
 
-def draw(rng: np.random.Generator, width: int, height: int, count: int) -> tuple[Image.Image, list]:
-    """An image with ``count`` shapes that do not overlap."""
+def draw(
+    rng: np.random.Generator, width: int, height: int, count: int, colored: bool = True
+) -> tuple[Image.Image, list]:
+    """An image with ``count`` shapes that do not overlap; ``colored``: each kind has its color."""
     image = photograph(rng, width, height)
     pen, drawn = ImageDraw.Draw(image), list[Drawn]()
     while len(drawn) < count:
@@ -46,17 +48,23 @@ def draw(rng: np.random.Generator, width: int, height: int, count: int) -> tuple
             outline = points.T.ravel().round(1).tolist()
         elif kind == 2:
             outline = [x + side // 2, y, right, down, x, down]
-        pen.polygon(list(zip(outline[::2], outline[1::2], strict=True)), COLORS[kind])
+        color = COLORS[kind] if colored else tuple(rng.integers(0, 256, 3).tolist())
+        pen.polygon(list(zip(outline[::2], outline[1::2], strict=True)), color)
         drawn.append(Drawn(kind, box, outline))
     return image, drawn
 
 
-def images(seed: int, count: int, side: int = 64, empty: Sequence[int] = ()) -> list:
-    """Images of about ``side`` pixels with one or two shapes; ``empty`` ones have none."""
+def images(
+    seed: int, count: int, side: int = 64, empty: Sequence[int] = (), colored: bool = True
+) -> list:
+    """Images of about ``side`` pixels with one or two shapes; ``empty`` ones have none.
+
+    Where they are not ``colored`` only its form says what a shape is.
+    """
     rng = np.random.default_rng(seed)
     sizes = rng.integers(side, side + side // 4, (count, 2)).tolist()
     return [
-        draw(rng, *size, 0 if number in empty else 1 + number % 2)
+        draw(rng, *size, 0 if number in empty else 1 + number % 2, colored)
         for number, size in enumerate(sizes)
     ]
 

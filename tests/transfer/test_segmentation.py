@@ -1,5 +1,6 @@
 """The command: a linear classifier of pixels learns, stops, goes on bit for bit, on any ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,12 +75,32 @@ def test_what_a_segmenter_cannot_use_is_one_line(root: Path, tmp_path: Path) -> 
         ({"data__val": "2012_trainval"}, "has no split 2012_trainval of VOC"),
         ({"optim__batch_size": 99}, "a batch of 99 .* is larger than the set"),
         ({"encoder__checkpoint": tmp_path / "x"}, "there is no checkpoint"),
+        ({"encoder__checkpoint": "null"}, "give --encoder.checkpoint a run folder"),
+        (
+            {"encoder__checkpoint": "null", "encoder__name": "torchvision:resnet18"},
+            "encoder.name torchvision:resnet18 has random weights: .* --encoder.checkpoint FILE",
+        ),
         ({"images__scale_min": 3}, "scale_min is larger than images.scale_max"),
         ({"data__format": "coco"}, "data.format"),
     ]:
         with pytest.raises((InputError, SettingError), match=says) as refused:
             run(root, tmp_path, **changes)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_encoder_may_be_a_function_with_its_own_weights(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_models.py").write_text(
+        "import torchvision\n\ndef small():\n    return torchvision.models.resnet18()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {"encoder__checkpoint": "null", "encoder__name": "own_models:small"}
+    made = run(root, tmp_path, optim__steps=2, **own)
+    content = json.loads((made / "eval.json").read_text())
+    assert content["checkpoint"]["file"] is None
+    assert "as the function gives them" in content["rows"][0]["protocol"]["features"]["weights"]
 
 
 @pytest.mark.slow
