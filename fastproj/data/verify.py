@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class Damage:
     reason: str
 
 
+def _close(number: int) -> None:
+    with suppress(OSError):  # of a network store that is gone
+        os.close(number)
+
+
 class FirstRead:
     """Compares each sample with the manifest's hash when it is first read; the file every epoch.
 
@@ -50,7 +56,7 @@ class FirstRead:
         self._opened: list[tuple[int, int]] = []  # each file, and when it was last written to
         for file in beton.files:
             number = os.open(file.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, number)
+            weakref.finalize(self, _close, number)
             self._opened.append((number, os.fstat(number).st_mtime_ns))
 
     def check_file(self) -> None:

@@ -446,7 +446,8 @@ static struct sigaction before;
 
 static void on_bus_error(int number, siginfo_t *info, void *context) {
     static const char line[] =
-        "error: a file that is mapped into memory was cut, its disk failed, or /dev/shm is full\n";
+        "error: a file that is mapped into memory was cut, its disk or network failed, or "
+        "/dev/shm is full\n";
     if (filling) siglongjmp(*filling, 1);
     if (before.sa_handler == SIG_DFL && write(STDERR_FILENO, line, sizeof(line) - 1) < 0) _exit(1);
     sigaction(SIGBUS, &before, NULL);  /* the access is repeated, and meets what was there before */
@@ -474,7 +475,7 @@ int64_t fastproj_fill(Batch *batch, char error[MESSAGE_BYTES]) {
     strcpy(error, "out of memory");
     if (open_decoder(&decoder, error)) return 0;
     if (sigsetjmp(escape, 1)) {
-        strcpy(error, "the file was cut while it was read, or its disk failed");
+        strcpy(error, "the file was cut while it was read, or its disk or network failed");
         failed = slot;
     } else {
         filling = &escape;

@@ -417,7 +417,8 @@ def test_a_cut_file_read_by_others_ends_with_a_line(small: Beton, tmp_path: Path
     )
     assert done.returncode == -signal.SIGBUS
     assert done.stderr == (
-        "error: a file that is mapped into memory was cut, its disk failed, or /dev/shm is full\n"
+        "error: a file that is mapped into memory was cut, its disk or network failed, or "
+        "/dev/shm is full\n"
     )
 
 
