@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -10,8 +9,8 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.faults.entries import FORK, NEED_ROOT, Entry
-from tests.faults.table import ENTRIES
+from tests.faults.entries import FORK, Entry
+from tests.faults.table import ENTRIES, missing
 
 LONGEST = 600  # seconds of one try
 
@@ -50,8 +49,8 @@ def main() -> None:
     results = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     with tempfile.TemporaryDirectory() as shared:
         for name in given.only or ENTRIES:
-            if name in NEED_ROOT and os.geteuid():
-                print(f"{name}: skipped, only root may mount a small disk")
+            if lacks := missing(name):
+                print(f"{name}: skipped, there is no {lacks}")
                 continue
             losses = [attempt(ENTRIES[name], seed, Path(shared)) for seed in range(given.tries)]
             results[name] = {

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from fastproj.runs import journal
 from tests.faults.killed import TRAIN, compared, prepared, spent, start, to_the_end, trained
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # apt: libfaketime
 EPOCHS = 60
 FIRST = 10  # epochs until caches and pools are filled
 GROWTH = 20_000  # bytes of memory per epoch: a megabyte in 50
@@ -122,6 +126,36 @@ def remove_folder_under_trainer(seed: int, folder: Path) -> str:
     if _after(process, random.Random(seed).uniform(0, seconds)):
         shutil.rmtree(place / "r", ignore_errors=True)
     return _ended(process, place) or _on(whole, place)
+
+
+def jump_clock_under_trainer(seed: int, folder: Path) -> str:
+    """clock set forth or back, by a second to a year, again and again while train runs"""
+    whole, _ = prepared(folder, "train", [TRAIN])
+    take, place, offset = random.Random(seed), folder / "run", folder / "offset"
+    place.mkdir()
+    offset.write_text("+0s")
+    faked = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(offset),
+             "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastproj", *TRAIN], cwd=place, stdout=log, stderr=log,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
+                 "OMP_NUM_THREADS": "1", **faked},
+        )  # fmt: skip
+        while process.poll() is None:
+            seconds = take.choice([1, 60, 3600, 86_400, 31_536_000])
+            offset.write_text(f"{take.choice('+-')}{seconds}s")
+            time.sleep(take.uniform(0.01, 0.3))
+    if process.returncode:
+        return f"the run: {(folder / 'log.txt').read_text()[-300:]}"
+    events = journal.read(place / "r" / "metrics.jsonl")
+    rates = [event["images_per_second"] for event in events if "images_per_second" in event]
+    if min(rates) <= 0:
+        return f"the rates: {min(rates)} images/s"
+    spread = max(event["time"] for event in events) - min(event["time"] for event in events)
+    if spread < 3600:
+        return f"the try itself: the clock moved by {spread:.0f} s only"
+    return compared(whole, place, trained)
 
 
 def train_long(seed: int, folder: Path) -> str:
