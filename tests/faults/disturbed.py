@@ -20,6 +20,7 @@ import psutil
 
 from fastproj.runs import journal
 from tests.faults.killed import TRAIN, compared, prepared, spent, start, to_the_end, trained
+from tests.support.network import mounted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")  # apt: libfaketime
@@ -126,6 +127,22 @@ def remove_folder_under_trainer(seed: int, folder: Path) -> str:
     if _after(process, random.Random(seed).uniform(0, seconds)):
         shutil.rmtree(place / "r", ignore_errors=True)
     return _ended(process, place) or _on(whole, place)
+
+
+def lose_network_store_under_trainer(seed: int, folder: Path) -> str:
+    """network store of the beton cut off while train reads it, and mounted again; it goes on"""
+    whole, seconds = prepared(folder, "train", [TRAIN])
+    take, place, store = random.Random(seed), folder / "run", folder.parent / "data"
+    (place / "own").mkdir(parents=True)
+    with mounted(store, folder / "data") as cut:  # it is ../../data of the run
+        process = start(TRAIN, place / "own")
+        if _after(process, take.uniform(0, seconds)):
+            cut()
+        wrong = _ended(process, place / "own")
+    if wrong:
+        return wrong
+    with mounted(store, folder / "data"):
+        return _on(whole, place / "own")
 
 
 def jump_clock_under_trainer(seed: int, folder: Path) -> str:

@@ -7,6 +7,7 @@ from tests.faults.disturbed import (
     change_data_under_trainer,
     cut_data_under_trainer,
     jump_clock_under_trainer,
+    lose_network_store_under_trainer,
     remove_folder_under_trainer,
     signal_trainer,
     train_long,
@@ -20,6 +21,7 @@ from tests.faults.entries import (
     write_to_a_read_only_disk,
 )
 from tests.faults.killed import kill_evaluate, kill_study, kill_trainer
+from tests.support import network
 
 ENTRIES: dict[str, Entry] = {
     entry.__name__: entry
@@ -34,6 +36,7 @@ ENTRIES: dict[str, Entry] = {
         change_data_under_trainer,
         remove_folder_under_trainer,
         jump_clock_under_trainer,
+        lose_network_store_under_trainer,
         train_long,
         fill_disk_under_beton_writer,
         write_to_a_read_only_disk,
@@ -47,4 +50,6 @@ def missing(name: str) -> str:
         return "root, who may mount a small disk"
     if name == jump_clock_under_trainer.__name__ and not FAKETIME.exists():
         return "libfaketime (apt-get install libfaketime)"
+    if name == lose_network_store_under_trainer.__name__:
+        return network.missing()
     return ""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 SLOW = {"kill_evaluate", "kill_study", "signal_trainer", "remove_folder_under_trainer",
-        "jump_clock_under_trainer"}  # fmt: skip
+        "jump_clock_under_trainer", "lose_network_store_under_trainer"}  # fmt: skip
 LONG = {"train_long"}  # 10 s for a try
 POSSIBLE = [name for name in ENTRIES if not missing(name)]
 

@@ -25,7 +25,7 @@ def missing() -> str:
 def mounted(folder: Path, at: Path) -> Iterator[Callable[[], None]]:
     """``folder``, to be read at ``at``; yields what cuts the connection for good."""
     servers: list[subprocess.Popen] = []
-    at.mkdir()
+    at.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
