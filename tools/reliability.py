@@ -26,6 +26,11 @@ Fuzzed input is drawn by hypothesis from one seed (the C code's by a seed per ca
 which bytes, lines or entries are changed. A case survives if it is refused in one line, or read as
 what it was; a crash, a traceback, more than 10 s of processor time or 1 GiB of memory are losses.
 
+Two hosts are two network namespaces on one machine, joined by a virtual link, with a torchrun each
+(`pytest -m "" tests/commands/test_two_hosts.py`, as root): a link cut for five seconds changes no
+weight, a link cut for good ends both ranks with a line that names the other, and the same command
+goes on to the same weights (tried once each).
+
 | fault | tried | survived | what was lost | repeat |
 |---|---:|---:|---|---|
 """
