@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from fastproj.core.errors import InputError
 from fastproj.transfer.batches import Sample, read_pixels
-from fastproj.transfer.sets import VOC_CLASSES, one_line, quietly
+from fastproj.transfer.sets import VOC_CLASSES, open_voc, quietly
 
 VOID = 255  # the class of a pixel that no loss and no score counts
 ADE = "ADEChallengeData2016"
@@ -75,19 +75,7 @@ def open_masked(kind: str, root: str | Path, splits: Sequence[str], download: bo
 
 
 def _voc(root: Path, split: str, download: bool) -> list[Masked]:
-    year, _, part = split.partition("_")
-    try:
-        with quietly():
-            reader = VOCSegmentation(root, year=year, image_set=part, download=download)
-    except ValueError as error:
-        raise InputError(
-            f"data: VOC has no split {split!r} ({one_line(error)}): give 2012_train or 2012_val"
-        ) from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{root} has no split {split} of VOC ({one_line(error)}): --data.root is the folder of "
-            "VOCdevkit; --data.download true fetches the set"
-        ) from None
+    reader = open_voc(VOCSegmentation, root, split, download, "2012_train or 2012_val")
     return [Masked(Path(a), Path(b)) for a, b in zip(reader.images, reader.masks, strict=True)]
 
 

@@ -6,12 +6,12 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CocoDetection, VOCDetection
+from torchvision.datasets import CocoDetection, VOCDetection, VOCSegmentation
 from torchvision.datasets.utils import download_and_extract_archive
 
 from fastproj.core.errors import InputError
@@ -24,6 +24,9 @@ VOC_CLASSES = (
 )
 COCO_URL = "http://images.cocodataset.org"  # torchvision's reader of COCO downloads nothing
 OVER = 1.0  # pixels that a box may reach over its image's edge: COCO's are rounded
+
+
+V = TypeVar("V", VOCDetection, VOCSegmentation)
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,26 @@ def open_set(kind: str, root: str | Path, splits: Sequence[str], download: bool)
     return DetectionSet(name, classes, images)
 
 
-def _voc(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list[Annotated]]:
+def open_voc(kind: type[V], root: Path, split: str, download: bool, such_as: str) -> V:
+    """torchvision's reader of a VOC split; ``InputError``, which names some, for none."""
     year, _, part = split.partition("_")
     try:
         with quietly():
-            reader = VOCDetection(root, year=year, image_set=part, download=download)
+            return kind(root, year=year, image_set=part, download=download)
     except ValueError as error:
         raise InputError(
-            f"data: VOC has no split {split!r} ({one_line(error)}): give 2007_trainval, "
-            "2012_trainval or 2007_test"
+            f"data: VOC has no split {split!r} ({one_line(error)}): give {such_as}"
         ) from None
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"{root} has no split {split} of VOC ({one_line(error)}): --data.root is the folder "
             "of VOCdevkit; --data.download true fetches the set"
         ) from None
+
+
+def _voc(root: Path, split: str, download: bool) -> tuple[tuple[str, ...], list[Annotated]]:
+    such_as = "2007_trainval, 2012_trainval or 2007_test"
+    reader = open_voc(VOCDetection, root, split, download, such_as)
     return VOC_CLASSES, [
         _of_voc(Path(image), Path(xml))
         for image, xml in zip(reader.images, reader.annotations, strict=True)
