@@ -160,7 +160,8 @@ def test_a_signal_saves_and_leaves(
     beton: Beton, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     arguments = options(beton, tmp_path, optim__epochs=4000)
-    process = command(arguments)
+    # These tests may have been started by nohup, and what that ignores stays ignored.
+    process = command(arguments, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     metrics = tmp_path / "r" / "metrics.jsonl"
     while not metrics.exists() or b'"step": 3,' not in metrics.read_bytes():
         assert process.poll() is None, process.communicate()

@@ -14,6 +14,7 @@ from fastproj.prepare.encode import Store
 from tests.support.betons import digit_like, photographs, write, write_shards
 from tests.support.network import missing, mounted
 
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 ROOT = Path(__file__).parents[2]
 DRAIN = """
 import sys
@@ -40,7 +41,6 @@ def needs() -> None:
         pytest.skip(f"no network store: {lacks} is missing")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["stream", "resident", "reference"])
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])
 def test_shards_of_a_network_store_give_the_batches_of_one_local_file(
@@ -67,7 +67,6 @@ def test_shards_of_a_network_store_give_the_batches_of_one_local_file(
         del far, beton, loader  # a file that is mapped keeps the mount busy
 
 
-@pytest.mark.slow
 def test_a_lost_connection_ends_the_reader_with_one_line(tmp_path: Path) -> None:
     """Of a set that is larger than what has been read ahead."""
     source = digit_like(np.random.default_rng(0), 4000, 64, 5)
