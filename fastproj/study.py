@@ -89,13 +89,9 @@ def build_plan(settings: StudySettings) -> Plan:
         for dataset in plan.sets:
             found = [_read(plan.job(arm, dataset, plan.seeds[0], tried)) for tried in arm.tries()]
             for one in found:
-                _check_primary(
-                    study.primary, one, f"the arm {arm.name} on {dataset}", study.command
-                )
-            if (
-                any(isinstance(one, Settings) and _adds_noise(one) for one in found)
-                and arm.name not in noisy
-            ):
+                who = f"the arm {arm.name} on {dataset}"
+                _check_primary(study.primary, one, who, study.command)
+            if any(map(_adds_noise, found)) and arm.name not in noisy:
                 noisy.append(arm.name)
     if not study.controls:
         return plan
