@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproj.core.linear import linear
+from fastproj.core.linear import linear, pack
 
 
 def rows(count: int, width: int, seed: int) -> Tensor:
@@ -32,3 +32,10 @@ def test_a_product_of_a_part_of_a_larger_matrix() -> None:
 
 def test_no_rows_give_no_rows() -> None:
     assert linear(rows(0, 8, 0), rows(3, 8, 0)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_packed_matrix_gives_the_same_product(kind: torch.dtype) -> None:
+    a, b = rows(160, 512, 4).to(kind), rows(300, 512, 5).to(kind)
+    for weight in (b, b.T.contiguous().T, b[::3]):
+        torch.testing.assert_close(linear(a, pack(weight)), linear(a, weight))

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastproj.core.errors import InputError
 from fastproj.evaluation.features import Features
+from fastproj.evaluation.probes import softmax
 from fastproj.evaluation.probes.least_squares import least_squares, ridge
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.perceptron import mlp, train_mlp
@@ -72,7 +73,7 @@ KINDS = ["random", "overlapping", "conditioned", "deficient", "separable", "rare
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_strengths_reach_scikit_learns_optimum(kind):
     x, y = problem(kind)
-    strengths = torch.tensor([1e-5, 1e-3, 0.1, 10.0], dtype=torch.float64)
+    strengths = torch.tensor([0.1, 1e-5, 10.0, 1e-3, 1e-4, 1e-2], dtype=torch.float64)
     found = solve(x, y, 4, strengths)
     assert found.suboptimality.max() <= 1e-6
     for strength, head, value in zip(
@@ -84,6 +85,21 @@ def test_all_strengths_reach_scikit_learns_optimum(kind):
         # Strong convexity: |W - W*|² <= 2 (f - min f) / l, twice for the oracle's own error.
         away = ((head[:, :-1] - expected[:, :-1]) ** 2).sum()
         assert away <= 2 * 2 * 1e-6 * best / strength + 1e-9
+
+
+def test_strengths_between_others_start_near_their_optimum(monkeypatch):
+    x, y = problem("overlapping")
+    strengths = torch.logspace(-5, 0, 16, dtype=torch.float64)
+    found = solve(x, y, 4, strengths)
+    again = solve(x, y, 4, strengths[[3, 3, 1, 7, 5, 9]])
+    assert torch.equal(again.heads[0], again.heads[1])
+    torch.testing.assert_close(
+        again.objective, found.objective[[3, 3, 1, 7, 5, 9]], rtol=1e-6, atol=0
+    )
+    monkeypatch.setattr(softmax, "FEW", 99)
+    apart = solve(x, y, 4, strengths)
+    assert found.iterations.sum() < 0.75 * apart.iterations.sum()
+    torch.testing.assert_close(found.objective, apart.objective, rtol=1e-6, atol=0)
 
 
 def test_the_certificate_bounds_the_distance_to_the_optimum_from_anywhere():
