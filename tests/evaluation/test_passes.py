@@ -29,11 +29,13 @@ def test_objective_and_gradient_are_autograds(problem, kind, many):
     expected = torch.stack([cross_entropy(each, y) for each in logits])
     expected = expected + l2 / 2 * leaf[..., :-1].square().sum((1, 2))
     expected.sum().backward()
-    value, gradient, square = Rows(x, y, many).evaluate(heads.to(kind), l2)
+    value, gradient, away = Rows(x, y, many).evaluate(heads.to(kind), l2)
     near = {"rtol": 1e-5, "atol": 1e-6} if kind == torch.float32 else {}
     torch.testing.assert_close(value, expected.detach(), **near)
     torch.testing.assert_close(gradient.double(), leaf.grad, **near)
-    torch.testing.assert_close(square, leaf.grad.square().sum((1, 2)), **near)
+    slopes, off = leaf.grad[..., :-1].square().sum((1, 2)), leaf.grad[..., -1].square()
+    about = slopes / (2 * l2) + (off / (2 * torch.bincount(y) / 200)).sum(1)
+    torch.testing.assert_close(away, about, **near)
     assert gradient.dtype == kind
 
 
@@ -42,7 +44,7 @@ def test_mean_probabilities_and_their_covariance(problem, kind):
     x, y, heads = problem
     logits = torch.einsum("nd,scd->snc", x.double(), heads[..., :-1]) + heads[..., -1].unsqueeze(1)
     p = logits.softmax(2)
-    mean, covariance = Rows(x, y).probabilities(heads.to(kind), squares=True)
+    mean, covariance = Rows(x, y).probabilities(heads.to(kind))
     near = {"rtol": 1e-5, "atol": 1e-7} if kind == torch.float32 else {}
     torch.testing.assert_close(mean, p.mean(1), **near)
     expected = p.mean(1).diag_embed() - torch.einsum("snc,snk->sck", p, p) / len(x)

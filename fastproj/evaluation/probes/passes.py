@@ -16,10 +16,13 @@ PACKED = 2**27  # numbers that are also kept packed, twice: 1 GiB
 
 
 class Rows:
-    """``x``: float32 or float64 (N, d); ``y``: int64 (N,). ``many``: many passes are to come."""
+    """``x``: float32 or float64 (N, d); ``y``: int64 (N,), every class in it. ``many``: many passes
+    are to come. ``prior``: each class's share of the rows, float64 (C,).
+    """
 
     def __init__(self, x: Tensor, y: Tensor, many: bool = False) -> None:
         self.x, self.y = x, y
+        self.prior = torch.bincount(y).double() / len(y)
         self.packed: list[tuple[Tensor, Tensor]] = []
         if many and x.numel() <= PACKED:
             self.packed = [(pack(rows), pack(rows.T)) for rows in x.float().split(ROWS)]
@@ -28,7 +31,9 @@ class Rows:
         return len(self.x)
 
     def evaluate(self, heads: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f (S,), its gradient (S, C, d+1) in the heads' type, and the gradient's square (S,)."""
+        """f (S,), its gradient (S, C, d+1) in the heads' type, and about how far f is from its
+        minimum (S,): |∂f/∂W|² / (2 l) + |∂f/∂b|² / (2 shares of the classes).
+        """
         n, kind = len(self), heads.dtype
         loss = torch.zeros(len(heads), dtype=torch.float64, device=heads.device)
         gradient = torch.zeros_like(heads, dtype=torch.float64)
@@ -44,17 +49,18 @@ class Rows:
         slopes = gradient[..., :-1]
         slopes += l2.view(-1, 1, 1) * heads[..., :-1]
         value = loss / n + l2 / 2 * heads[..., :-1].double().square().sum((1, 2))
-        return value, gradient.to(kind), gradient.square().sum((1, 2))
+        away = slopes.square().sum((1, 2)) / (2 * l2)
+        away += (gradient[..., -1].square() / (2 * self.prior)).sum(1)
+        return value, gradient.to(kind), away
 
-    def probabilities(self, heads: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
-        """Mean probabilities p (S, C), and with ``squares`` the mean of diag(p) - ppᵀ (S, C, C)."""
+    def probabilities(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of the probabilities p (S, C) and of diag(p) - ppᵀ (S, C, C), float64."""
         mass = torch.zeros_like(heads[..., -1], dtype=torch.float64)
         products = torch.zeros_like(mass.diag_embed())
         for group, _, _, logits in self._logits(heads):
             p = logits.softmax(1)
             mass[group] += p.sum(2, dtype=torch.float64)
-            if squares:
-                products[group] += p @ p.mT
+            products[group] += p @ p.mT
         return mass / len(self), (mass.diag_embed() - products) / len(self)
 
     def _logits(self, heads: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -6,16 +6,18 @@ The objective is convex, so it is solved instead of tuned. For a strength l it i
 
 as scikit-learn's ``LogisticRegression`` with C = 1 / (l n); the intercept b is not penalized.
 
-Every second strength is solved first; a spline through their heads gives the others a start near
-their optimum. The strengths take preconditioned L-BFGS steps together, so that each step is two
-matrix products over the stacked heads. The preconditioner is the Hessian at W = 0 without the
-coupling of W and b. Where the passes to come would take longer, it is made anew at the current head
-of the median strength. Strengths that are done leave the stack.
+Some strengths are solved first; a spline through their heads gives others a start near their
+optimum, and so on. The strengths of a turn take preconditioned L-BFGS steps together, so that each
+step is two matrix products over the stacked heads. The preconditioner is the Hessian at W = 0
+without the coupling of W and b. Where the passes to come would take longer, it is made anew at the
+current head of the weakest strength. Strengths that are done leave the stack.
 
-The certificate is the duality gap. f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly
-convex, and g(W) - min f <= |∇g(W)|² / (2 l). ``certify`` therefore first solves for b by Newton's
-method; then ∇g is ∂f/∂W. What it returns is computed in float64. Strengths that float32 did not
-bring that far go on in float64.
+The certificate: f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly convex, and
+g(W) - min f <= |∇g(W)|² / (2 l). ∇g is ∂f/∂W at the best b. Where b is nearly that, with the
+residual r = ∂f/∂b and the Hessian B of b, f(W, b) - g(W) is about rᵀB⁻¹r / 2, and ∂f/∂W is away
+from ∇g by at most √(L rᵀB⁻¹r): the whole Hessian has no negative direction, and its part of W no
+value above L = |XᵀX| / (2 n) (Böhning, 1992). Twice rᵀB⁻¹r is taken, which covers what B changes on
+the way. The strengths that float32 did not bring to the tolerance go on in float64.
 """
 
 from collections import deque
@@ -27,6 +29,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from fastproj.core.errors import InputError
+from fastproj.core.linear import linear
 from fastproj.evaluation.probes.passes import Rows
 from fastproj.evaluation.probes.preconditioners import Blocks, Kronecker, precondition, spread
 
@@ -35,11 +38,11 @@ Inverse = Kronecker | Blocks
 TOLERANCE = 1e-6  # certified: (f - min f) / f
 MEMORY = 20  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
-FEW = 5  # strengths that are solved from zero, all of them
+FEW = 6  # strengths: so many or more are solved in turns
 PACE = 8  # steps from which the pace of a preconditioner is known
 COST = 9  # of making one for d features and N rows: COST d²/N passes of one head, on a CPU
 GAIN = 1.5  # times its cost: what the passes to come must cost before one is made
-CLOSE = 1e-3  # an intercept's step after which one more with the same Hessian leaves 1e-9
+CLOSE = 1e-3  # an intercept's step after which float32 brings it no further
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ def solve(
     whole, width = x.contiguous(), x.shape[1]
     basis = _span(whole)  # the penalty keeps W in the span of the rows
     rows = Rows(whole if basis is None else whole.double() @ basis, y, many=True)
-    prior = torch.bincount(y).double() / len(y)
+    prior = rows.prior
     start = torch.zeros(len(present), rows.x.shape[1] + 1, dtype=torch.float64, device=x.device)
     start[:, -1] = prior.log() - prior.log().mean()
     inverse: Inverse = Kronecker.at_zero(rows.x, prior)
-    found, iterations = _path(rows, start, strengths, inverse, 0.25 * tolerance)
-    heads, objective, bound = _certify(rows, found, strengths)
+    found, iterations, _ = _path(rows, start, strengths, inverse, 0.25 * tolerance)
+    heads, objective, bound = _certify(rows, found, strengths, tolerance)
     for aim in (0.5, 0.05):
         left = (bound > tolerance).nonzero().squeeze(1)
         if not len(left):
@@ -89,10 +92,12 @@ def solve(
             rows, heads[left], strengths[left], inverse, aim * tolerance, torch.float64
         )
         iterations[left] += passes
-        heads[left], objective[left], bound[left] = _certify(rows, found, strengths[left])
+        heads[left], objective[left], bound[left] = _certify(
+            rows, found, strengths[left], tolerance
+        )
     if basis is not None:
         heads = torch.cat([heads[..., :-1] @ basis.T, heads[..., -1:]], dim=2)
-        heads, objective, bound = certify(whole, y, heads, strengths)
+        heads, objective, bound = certify(whole, y, heads, strengths, tolerance)
     every = heads.new_zeros(len(strengths), classes, width + 1)
     every[:, :, -1] = -torch.inf
     every[:, present] = heads
@@ -118,82 +123,98 @@ def _span(x: Tensor) -> Tensor | None:
 
 
 def certify(
-    x: Tensor, y: Tensor, heads: Tensor, strengths: Tensor
+    x: Tensor, y: Tensor, heads: Tensor, strengths: Tensor, tolerance: float = TOLERANCE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``heads`` (S, C, d+1) with the best intercepts for their weights, f (S,), its bound (S,).
 
-    All float64. Every class has a row in ``y``. The bound is |∂f/∂W|² / (2 l) / f, plus what the
-    intercept's residual could change if its optimum were 100 away.
+    All float64. Every class has a row in ``y``. The intercepts are found until they cost a bound no
+    more than ``tolerance``.
     """
-    return _certify(Rows(x, y), heads, strengths.to(x.device, torch.float64))
+    return _certify(Rows(x, y), heads, strengths.to(x.device, torch.float64), tolerance)
 
 
-def _certify(rows: Rows, heads: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _certify(
+    rows: Rows, heads: Tensor, strengths: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
     heads = heads.double().clone()
-    prior = torch.bincount(rows.y, minlength=heads.shape[1]).double() / len(rows)
-    inverse = _balance(rows, heads, prior)
+    inverse = _balance(rows, heads)
+    curvature = linear(rows.x.T, rows.x.T).norm().double() / len(rows)
+    objective, bound = torch.empty_like(strengths), torch.empty_like(strengths)
     before = torch.full_like(strengths, torch.inf)
+    left = torch.arange(len(strengths), device=strengths.device)
     for _ in range(20):
-        value, gradient, _ = rows.evaluate(heads, strengths)
-        gap = gradient[..., :-1].square().sum((1, 2)) / (2 * strengths)
-        off = gradient[..., -1]
-        residual = 100 * off.abs().sum(1)
-        if not ((residual > 3e-8 * value) & (residual < before / 2)).any():
-            break  # the intercepts count no more, or float64 brings them no further
-        before = residual
-        heads[..., -1] -= _newton(inverse, off)
-    return heads, value, (gap + residual) / value
-
-
-def _balance(rows: Rows, heads: Tensor, prior: Tensor) -> Tensor:
-    """Move the intercepts of ``heads`` by Newton's method to where ``prior`` are the mean
-    probabilities.
-
-    The rows' type will do but for the last step, in float64. Returns the inverse Hessian of the
-    intercepts (S, C, C).
-    """
-    for _ in range(20):
-        mean, covariance = rows.probabilities(heads.to(rows.x.dtype), True)
-        # What all classes have in common is no direction: 1 / C keeps rounding from being one.
-        inverse = torch.linalg.pinv(covariance + 1 / len(prior), hermitian=True)
-        step = _newton(inverse, mean - prior)
-        heads[..., -1] -= step
-        if step.abs().max() < CLOSE:
+        value, gradient, _ = rows.evaluate(heads[left], strengths[left])
+        off, slopes = gradient[..., -1], gradient[..., :-1].square().sum((1, 2)).sqrt()
+        step = (inverse[left] @ off.unsqueeze(2)).squeeze(2)
+        decrement = (off * step).sum(1).clamp(min=0)
+        moved, scale = (curvature * decrement).sqrt(), 2 * strengths[left] * value
+        objective[left] = value
+        bound[left] = (slopes + moved).square() / scale + decrement / value
+        within_reach = (slopes - moved).clamp(min=0).square() / scale <= tolerance
+        more = (bound[left] > tolerance) & within_reach & (decrement < before[left] / 4)
+        before[left] = decrement
+        left = left[more]
+        if not len(left):
             break
-    heads[..., -1] -= _newton(inverse, rows.probabilities(heads, False)[0] - prior)
+        heads[left, :, -1] -= _short(step[more])
+    return heads, objective, bound
+
+
+def _balance(rows: Rows, heads: Tensor) -> Tensor:
+    """Move the intercepts of ``heads`` until the mean probabilities are the shares of the classes.
+
+    By Newton's method, in the rows' type. Returns the inverse Hessian of the intercepts (S, C, C).
+    """
+    inverse = heads.new_zeros(len(heads), heads.shape[1], heads.shape[1])
+    left = torch.arange(len(heads), device=heads.device)
+    for _ in range(20):
+        mean, covariance = rows.probabilities(heads[left].to(rows.x.dtype))
+        # What all classes have in common is no direction: 1 / C keeps rounding from being one.
+        inverse[left] = torch.linalg.pinv(covariance + 1 / len(rows.prior), hermitian=True)
+        step = _short((inverse[left] @ (mean - rows.prior).unsqueeze(2)).squeeze(2))
+        heads[left, :, -1] -= step
+        left = left[step.abs().amax(1) >= CLOSE]
+        if not len(left):
+            break
     return inverse
 
 
-def _newton(inverse: Tensor, off: Tensor) -> Tensor:
-    """Newton's step (S, C) of intercepts, none longer than 1."""
-    step = (inverse @ off.unsqueeze(2)).squeeze(2)
+def _short(step: Tensor) -> Tensor:
+    """Newton's steps (S, C), none longer than 1."""
     return step / step.abs().amax(1, keepdim=True).clamp(min=1)
 
 
 def _path(
-    rows: Rows, start: Tensor, strengths: Tensor, inverse: Inverse, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """``_lbfgs`` in float32 for ascending ``strengths``: heads (S, C, d+1) and passes (S,).
+    rows: Rows,
+    start: Tensor,
+    strengths: Tensor,
+    inverse: Inverse,
+    tolerance: float,
+    share: float = 1.0,
+) -> tuple[Tensor, Tensor, Inverse]:
+    """``_lbfgs`` in float32 for ascending ``strengths``.
 
-    Every second strength is solved first, from ``start`` (C, d+1). A cubic spline over log l
-    through these heads then starts the others a few passes from their optimum.
+    Every second strength is solved first, in the same way; the first few from ``start`` (C, d+1). A
+    cubic spline over log l through their heads starts the others a few passes from their optimum.
     """
     count = len(strengths)
-    knots = sorted({*range(0, count, 2), count - 1}) if count >= FEW else list(range(count))
-    others = [i for i in range(count) if i not in knots]
     heads = start.float().repeat(count, 1, 1)
+    if count < FEW:
+        return _lbfgs(rows, heads, strengths, inverse, tolerance, torch.float32, share)
+    knots = sorted({*range(0, count, 2), count - 1})
+    others = [i for i in range(count) if i not in knots]
     passes = torch.zeros(count, dtype=torch.int64, device=start.device)
-    heads[knots], passes[knots], inverse = _lbfgs(
-        rows, heads[knots], strengths[knots], inverse, tolerance, torch.float32
+    share *= count / len(knots)
+    heads[knots], passes[knots], inverse = _path(
+        rows, start, strengths[knots], inverse, tolerance, share
     )
-    if others:
-        at = strengths.log().cpu().numpy()
-        weights = torch.from_numpy(CubicSpline(at[knots], np.eye(len(knots)))(at[others]))
-        between = torch.tensordot(weights.to(heads), heads[knots], 1)
-        heads[others], passes[others], _ = _lbfgs(
-            rows, between, strengths[others], inverse, tolerance, torch.float32
-        )
-    return heads, passes
+    at = strengths.log().cpu().numpy()
+    weights = torch.from_numpy(CubicSpline(at[knots], np.eye(len(knots)))(at[others]))
+    between = torch.tensordot(weights.to(heads), heads[knots], 1)
+    heads[others], passes[others], inverse = _lbfgs(
+        rows, between, strengths[others], inverse, tolerance, torch.float32
+    )
+    return heads, passes, inverse
 
 
 def _lbfgs(
@@ -203,10 +224,12 @@ def _lbfgs(
     inverse: Inverse,
     tolerance: float,
     kind: torch.dtype,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Inverse]:
     """Heads (S, C, d+1) of ``kind``, passes (S,) and the last preconditioner.
 
-    A head is done where |∂f/∂(W, b)|² / (2 l) <= tolerance · f.
+    A head is done where f is about ``tolerance`` · f from its minimum (``Rows.evaluate``).
+    The first preconditioner that is made serves ``share`` times as many passes as are to come here.
     A step that ends uphill is shortened by the secant of the slope: of a convex f, a slope that is
     not positive at the end proves that f fell, which values in float32 could not.
     """
@@ -215,16 +238,16 @@ def _lbfgs(
     at, l2 = found.clone(), strengths
     # At W = 0 the strength changes nothing: one evaluation serves all.
     first = len(at) if at[..., :-1].any() else 1
-    value, gradient, norm = rows.evaluate(at[:first], l2[:first])
+    value, gradient, gap = rows.evaluate(at[:first], l2[:first])
     value, gradient = value.expand_as(l2), gradient.expand_as(at)
-    made, begun = 0, (norm / (2 * l2 * tolerance * value)).log()
+    made, begun = 0, (gap / (tolerance * value)).log()
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
     length, shortened = torch.ones_like(l2), torch.zeros_like(l2)
     for step in range(PASSES[kind]):
         direction = -_two_loops(gradient, pairs, inverse, l2)
         slope = _dot(direction, gradient)
         trial = at + length.to(kind).view(-1, 1, 1) * direction
-        there, uphill, norm = rows.evaluate(trial, l2)
+        there, uphill, gap = rows.evaluate(trial, l2)
         passes[active] += 1
         end = _dot(direction, uphill)
         taken = (end <= 0) | (there <= value + 1e-4 * length * slope)
@@ -238,7 +261,7 @@ def _lbfgs(
         secant = (length * slope / (slope - end)).clamp(min=0).maximum(length / 10)
         length = torch.where(taken, 1.0, secant.minimum(length / 2))
         shortened = torch.where(taken, 0, shortened + 1)
-        away = (norm / (2 * l2 * tolerance * value)).log()
+        away = (gap / (tolerance * value)).log()
         # Five in a row: rounding hides the descent.
         done = (taken & (away <= 0)) | (shortened >= 5)
         found[active] = at
@@ -252,9 +275,9 @@ def _lbfgs(
             pairs = deque(((s[keep], t[keep], r[keep]) for s, t, r in pairs), maxlen=MEMORY)
         since = step + 1 - made
         to_come = (since * away / (begun - away).clamp(min=0.1)).sum()  # at the pace so far
-        if since >= PACE and to_come * len(rows) >= GAIN * COST * rows.x.shape[1] ** 2:
-            inverse = precondition(rows.x, at[len(at) // 2])
-            made, begun = step + 1, away
+        if since >= PACE and share * to_come * len(rows) >= GAIN * COST * rows.x.shape[1] ** 2:
+            inverse = precondition(rows.x, at[0])
+            made, begun, share = step + 1, away, 1.0
     return found, passes, inverse
 
 
