@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.interpolate import CubicSpline
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
@@ -96,6 +97,16 @@ def test_strengths_between_others_start_near_their_optimum(monkeypatch):
     apart = solve(x, y, 10, strengths)
     assert found.iterations.sum() < 0.7 * apart.iterations.sum()
     torch.testing.assert_close(found.objective, apart.objective, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_the_spline_is_scipys(count):
+    generator = torch.Generator().manual_seed(count)
+    knots = torch.rand(count, generator=generator, dtype=torch.float64).sort().values * 12
+    at = torch.linspace(float(knots[0]), float(knots[-1]), 50, dtype=torch.float64)
+    values = torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    expected = CubicSpline(knots, values, bc_type="natural")(at)
+    np.testing.assert_allclose(softmax._spline(knots, at) @ values, expected, atol=1e-9)
 
 
 def test_strengths_come_back_in_the_order_given():

@@ -23,10 +23,9 @@ the way. The strengths that float32 did not bring to the tolerance go on in floa
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor
+from torch.nn import functional
 
 from fastproj.core.errors import InputError
 from fastproj.core.linear import linear
@@ -208,13 +207,25 @@ def _path(
     heads[knots], passes[knots], inverse = _path(
         rows, start, strengths[knots], inverse, tolerance, share
     )
-    at = strengths.log().cpu().numpy()
-    weights = torch.from_numpy(CubicSpline(at[knots], np.eye(len(knots)))(at[others]))
-    between = torch.tensordot(weights.to(heads), heads[knots], 1)
+    at = strengths.log()
+    weights = _spline(at[knots], at[others])
+    between = torch.tensordot(weights.to(heads.dtype), heads[knots], 1)
     heads[others], passes[others], inverse = _lbfgs(
         rows, between, strengths[others], inverse, tolerance, torch.float32
     )
     return heads, passes, inverse
+
+
+def _spline(knots: Tensor, at: Tensor) -> Tensor:
+    """Weights (M, K) of values at ``knots`` (K,) for their natural cubic spline ``at`` (M,).
+
+    It is the sum of w |t - knot|³ over the knots, with Σ w = Σ w knot = 0, and a line.
+    """
+    cubes = (knots - knots.unsqueeze(1)).abs() ** 3
+    line = torch.stack([torch.ones_like(knots), knots])
+    system = torch.cat([torch.cat([cubes, line]), functional.pad(line.T, (0, 0, 0, 2))], 1)
+    there = torch.cat([(at - knots.unsqueeze(1)).abs() ** 3, torch.ones_like(at)[None], at[None]])
+    return torch.linalg.solve(system, there)[: len(knots)].T
 
 
 def _lbfgs(
