@@ -118,6 +118,15 @@ def test_strengths_come_back_in_the_order_given():
     torch.testing.assert_close(found.objective, apart, rtol=1e-6, atol=0)
 
 
+def test_strengths_a_rounding_apart_are_solved():
+    x, y = problem("overlapping")
+    given = torch.tensor([1e-3, 0.01, 0.1, 1.0, 2.0, 10.0], dtype=torch.float64)
+    given = torch.cat([given, given.nextafter(torch.tensor(20.0).double())])
+    found = solve(x, y, 4, given)
+    assert found.suboptimality.max() <= 1e-6
+    torch.testing.assert_close(found.objective[:6], found.objective[6:], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("off", [1e-4, 1e-2, 0.3])
 def test_the_certificate_counts_an_intercept_that_is_off(off, monkeypatch):
     x, y = problem("overlapping")
