@@ -10,7 +10,7 @@ Some strengths are solved first; a spline through their heads gives others a sta
 optimum, and so on. The strengths of a turn take preconditioned L-BFGS steps together, so that each
 step is two matrix products over the stacked heads. The preconditioner is the Hessian at W = 0
 without the coupling of W and b. Where the passes to come would take longer, it is made anew at the
-current head of the weakest strength. Strengths that are done leave the stack.
+current head of a weak strength. Strengths that are done leave the stack.
 
 The certificate: f - l/2 |W|² is convex, so g(W) = min_b f(W, b) is l-strongly convex, and
 g(W) - min f <= |∇g(W)|² / (2 l). ∇g is ∂f/∂W at the best b. Where b is nearly that, with the
@@ -40,7 +40,7 @@ PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
 FEW = 6  # strengths: so many or more are solved in turns
 PACE = 8  # steps from which the pace of a preconditioner is known
 COST = 9  # of making one for d features and N rows: COST d²/N passes of one head, on a CPU
-GAIN = 1.5  # times its cost: what the passes to come must cost before one is made
+GAIN = 3  # times its cost: what the passes to come must cost before one is made
 CLOSE = 1e-3  # an intercept's step after which float32 brings it no further
 
 
@@ -241,7 +241,7 @@ def _lbfgs(
     """Heads (S, C, d+1) of ``kind``, passes (S,) and the last preconditioner.
 
     A head is done where f is about ``tolerance`` · f from its minimum (``Rows.evaluate``).
-    The first preconditioner that is made serves ``share`` times as many passes as are to come here.
+    The first preconditioner made serves ``share`` times as many passes as are to come here.
     A step that ends uphill is shortened by the secant of the slope: of a convex f, a slope that is
     not positive at the end proves that f fell, which values in float32 could not.
     """
@@ -286,9 +286,10 @@ def _lbfgs(
             begun, away = begun[keep], away[keep]
             pairs = deque(((s[keep], t[keep], r[keep]) for s, t, r in pairs), maxlen=MEMORY)
         since = step + 1 - made
-        to_come = (since * away / (begun - away).clamp(min=0.1)).sum()  # at the pace so far
-        if since >= PACE and share * to_come * len(rows) >= GAIN * COST * rows.x.shape[1] ** 2:
-            inverse = precondition(rows.x, at[0])
+        to_come = share * (since * away / (begun - away).clamp(min=0.1)).sum()  # at the pace so far
+        worth = to_come * len(rows) >= GAIN * COST * rows.x.shape[1] ** 2
+        if worth and since >= PACE:
+            inverse = precondition(rows.x, at[len(at) // 3])
             made, begun, share = step + 1, away, 1.0
     return found, passes, inverse
 
