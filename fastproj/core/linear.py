@@ -27,7 +27,8 @@ def pack(weight: Tensor) -> Tensor:
     """
     if not _onednn(weight):
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 256)
+    rows = 256  # of ``input``, for which the layout is chosen; any number will do later
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
 
 def _onednn(matrix: Tensor) -> bool:

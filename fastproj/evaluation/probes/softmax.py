@@ -289,6 +289,7 @@ def _lbfgs(
         to_come = share * (since * away / (begun - away).clamp(min=0.1)).sum()  # at the pace so far
         worth = to_come * len(rows) >= GAIN * COST * rows.x.shape[1] ** 2
         if worth and since >= PACE:
+            # Not the weakest: nearly separable, it misleads the others.
             inverse = precondition(rows.x, at[len(at) // 3])
             made, begun, share = step + 1, away, 1.0
     return found, passes, inverse
