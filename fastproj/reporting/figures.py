@@ -5,6 +5,7 @@ own. ``page`` replaces them by CSS variables, so that one drawing does for light
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from fastproj.core.files import replacing
 from fastproj.reporting.curves import PER_CENT, STD, Curve, Panel
 
 INK, FAINT = "#1c2126", "#c9ced6"  # text and axes; grid
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#77808a")
 STYLES = ("-", "--", ":", "-.")
 SIZE = (4.4, 3.0)  # width and height of a figure, inches: as wide as a phone at its own font size
 LEGEND = 6  # lines that a legend inside the figure can name
+WIDTH = 62  # letters of a legend that fit across a figure
+ROW = 0.19  # inches: height of a line of a legend
 RC: Any = {  # Any: matplotlib types its keys one by one
     "svg.fonttype": "none",  # text stays text: small, and it can be searched
     "font.size": 10,
@@ -92,8 +95,21 @@ def start(height: float = SIZE[1], width: float = SIZE[0]) -> tuple[Figure, Axes
     return figure, axes
 
 
+def name_below(figure: Figure, axes: Axes) -> None:
+    """Name what is drawn, each name once, in as many columns as the width holds.
+
+    The figure grows by the names' height.
+    """
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if len(handles) > 1:
+        columns = max(1, WIDTH // (6 + max(map(len, handles))))
+        figure.set_figheight(figure.get_figheight() + ROW * math.ceil(len(handles) / columns))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns,
+                      fontsize="small")  # fmt: skip
+
+
 def style(number: int) -> dict[str, Any]:
-    """Color and dashes of a line: no two of the first 24 are alike."""
+    """Color and dashes of a line: no two of the first 28 are alike."""
     color, dashes = number % len(COLORS), number // len(COLORS)
     return {"color": COLORS[color], "linestyle": STYLES[(dashes + color) % len(STYLES)]}
 
@@ -181,7 +197,7 @@ def stacked(name: str, title: str, how: str, found: Mapping[str, Curve], unit: s
 @in_style
 def legend(labels: Sequence[str]) -> Picture:
     """Which line belongs to which label, for figures with too many lines to name."""
-    figure, axes = start(0.3 + 0.19 * len(labels))
+    figure, axes = start(0.3 + ROW * len(labels))
     for number, label in enumerate(labels):
         axes.plot([0, 1], [-number] * 2, linewidth=1.6, **style(number))
         axes.annotate(label, (1.15, -number), va="center", fontsize="small")
@@ -249,8 +265,7 @@ def scatter(
                       color=COLORS[number % len(COLORS)])  # fmt: skip
         rows += [(label, a, b) for a, b in zip(x, y, strict=True)]
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
-    if len(groups) > 1:
-        figure.legend(loc="outside lower center", fontsize="small", ncols=4)
+    name_below(figure, axes)
     return Picture(name, title, how, figure, ("group", *axes_names), rows)
 
 

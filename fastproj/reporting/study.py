@@ -1,6 +1,7 @@
 """The page of a study, from its ``study.json`` and the journals of its runs."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,28 @@ from matplotlib.ticker import MaxNLocator
 
 from fastproj.core.errors import InputError
 from fastproj.reporting import curves
-from fastproj.reporting.figures import COLORS, INK, Picture, in_style, scatter, slug, start
+from fastproj.reporting.figures import (
+    COLORS,
+    FAINT,
+    INK,
+    Picture,
+    in_style,
+    name_below,
+    scatter,
+    slug,
+    start,
+)
 from fastproj.reporting.page import Block, Download, Missing, Page, Section, Table, Text
 from fastproj.reporting.read import Reported
 from fastproj.studies import table
+from fastproj.studies.plan import NO_OP
 from fastproj.studies.results import SCHEMA
 
 Study = Mapping[str, Any]
 INFORMATION = "matrix_information"
 ONLINE = {"online_top1": "on val", "online_probe": "on training views"}  # the first that is there
+LABEL = 32  # letters per line of a label below axes that have long names at their left
+FEW = 4  # tries that are written below an axis as they were set
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -31,7 +45,8 @@ def read_study(path: Path) -> dict[str, Any]:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema}, expected {SCHEMA}: {again}")
-    wanted = {"study", "primary", "baseline", "sets", "sweeps", "runs", "problems", "environment"}
+    wanted = {"study", "primary", "baseline", "arms", "sets", "sweeps", "runs", "problems",
+              "environment"}  # fmt: skip
     if missing := wanted - found.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}: {again}")
     return found
@@ -45,15 +60,18 @@ def study_page(study: Study, runs: Mapping[str, Reported], notes: Sequence[str] 
     sections = [
         Section("What the data allow", answers),
         Section("Gains", gains),
+        Section("Arms", [_arms(study)]),
         Section("Did the treatments act?", _checks(study)),
         Section("Sweeps", [sweep(study, found) for found in study["sweeps"]]),
         Section("Information plane", _planes(study, runs)),
-        Section("Origin", _origin(study)),
+        Section("Provenance", _provenance(study)),
     ]
+    tries = sum(run["trial"] is not None for run in study["runs"])
     about = (
-        f"Gains over {study['baseline']} in {study['primary']}, paired by seed; "
-        f"{len(study['runs'])} runs, {study.get('hours', 0):.2f} hours."
-    )  # fmt: skip
+        f"Gains over {study['baseline']} in {study['primary']} on val, paired by seed; "
+        f"{len(study['runs']) - tries} runs to compare and {tries} in sweeps, "
+        f"{study.get('hours', 0):.2f} hours."
+    )
     return Page(f"Study {study['study']}", about, sections, notes)
 
 
@@ -72,7 +90,7 @@ def forest_of(study: Study) -> Any:
 @in_style
 def forest(dataset: str, rows: Sequence[Mapping[str, Any]], baseline: str, primary: str) -> Picture:
     """Paired gains with their 95 % intervals, and the published ones; controls are hollow."""
-    figure, axes = start(1.1 + 0.38 * len(rows))
+    figure, axes = start(0.9 + 0.38 * len(rows))
     axes.axvline(0, color=INK, linewidth=1)
     for number, row in enumerate(rows):
         y, color = -number, COLORS[1] if row["control"] else COLORS[0]
@@ -89,15 +107,16 @@ def forest(dataset: str, rows: Sequence[Mapping[str, Any]], baseline: str, prima
     axes.set_yticks([-n for n in range(len(rows))], names)
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     axes.grid(False, axis="y")
-    axes.set_xlabel(f"gain in {primary} over {baseline} (points)")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    if len(handles) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
-                      fontsize="small")  # fmt: skip
+    axes.set_xlabel(textwrap.fill(f"gain in {primary} over {baseline} (points)", LABEL))
+    name_below(figure, axes)
     how = (
-        "Each mark is the mean gain over the seeds and its line the 95 % interval: an interval "
-        "that crosses 0 shows neither gain nor loss, and no-op shows how large chance alone is."
+        "Each mark is the mean gain of one arm over its seeds, and the line its 95 % interval: one "
+        "that crosses 0 leaves open whether the arm gains or loses."
     )
+    if any(row["control"] for row in rows):
+        how += " Squares are controls; no-op is the baseline with other seeds: chance alone."
+    if any(row.get("published") is not None for row in rows):
+        how += " Diamonds are the papers' gains, in the papers' settings."
     head = ("arm", "pairs", "gain_mean", "gain_low", "gain_high", "published", "p_holm")
     numbers = [[row.get(name) for name in head] for row in rows]
     title = f"Gains on {dataset}"
@@ -107,21 +126,40 @@ def forest(dataset: str, rows: Sequence[Mapping[str, Any]], baseline: str, prima
 def _table(study: Study) -> Block:
     head = [name.format(primary=study["primary"]) for name in table.HEAD]
     how = (
-        "Mean ± standard deviation over seeds, the gain paired by seed with its 95 % t interval, "
-        "and p after Holm's correction over the arms."
+        "Mean ± standard deviation over n seeds, the gain over the seeds that the arm shares with "
+        "the baseline, its 95 % t interval, p after Holm's correction over the arms, and the gain "
+        "that the paper published in its own settings. Acted: whether the arm's declared check "
+        "found its treatment at work."
     )
     return Table("Table", head, [table.cells(row) for row in table.rows(study)], how=how)
+
+
+def _arms(study: Study) -> Block:
+    """What each arm is, and what its sweep chose."""
+    rows = []
+    for arm in study["arms"]:
+        of = {"": arm["name"], NO_OP: study["baseline"]}.get(arm["control"], arm["control"])
+        chosen = [
+            (f"{found['set']}: " if len(study["sets"]) > 1 else "")
+            + table.settings(found["chosen"])
+            for found in study["sweeps"]
+            if found["arm"] == of and found["chosen"]
+        ]
+        own = table.settings({**arm["settings"], **arm["forced"]})
+        rows.append((arm["name"], arm["recipe"], own, "; ".join(chosen)))
+    head = ("arm", "recipe", "settings of its own", "chosen in its sweep")
+    return Table("What each arm is", head, rows)
 
 
 def _checks(study: Study) -> list[Block]:
     """One line per arm that declares how it acts, and a figure per check with numbers."""
     blocks: list[Block] = []
     rows = [row for row in table.rows(study) if row.get("check")]
-    words = {True: "acted", False: "did not act", None: "not known"}
+    words = {True: "acted", False: "not shown to act", None: "not known"}
     if rows:
         head = ("set", "arm", "declared check", "verdict")
         lines = [(r["set"], r["arm"], r["check"], words[r["acted"]]) for r in rows]
-        how = "A gain of an arm that did not act is no test of its treatment."
+        how = "The gain of an arm that was not shown to act is no test of its treatment."
         blocks.append(Table("", head, lines, how=how))
     for row in rows:
         if row.get("diagnostic", {}).get("arm"):
@@ -138,16 +176,20 @@ def check(row: Mapping[str, Any], baseline: str, verdict: str) -> Picture:
               (baseline, "baseline")) if row["diagnostic"][part]}  # fmt: skip
     for number, values in enumerate(groups.values()):
         axes.plot(values, [-number] * len(values), "os"[number], color=COLORS[number], alpha=0.7)
+    if len(groups) == 2:
+        axes.plot(list(groups.values()), [0, -1], color=FAINT, linewidth=0.8, zorder=1)
     axes.set_yticks([-n for n in range(len(groups))], list(groups))
     axes.set_ylim(-len(groups) + 0.4, 0.6)
     axes.grid(False, axis="y")
     if len(rest) == 2:
         axes.axvline(float(rest[1]), color=INK, linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"{name.replace('_', ' ')} in the last epoch ({_unit(name)})")
-    how = f"Each mark is a run; declared was '{row['check']}', and the treatment {verdict}."
-    if verdict == "not known":
-        how = f"Each mark is a run; declared was '{row['check']}', which the numbers do not decide."
+    words = name.replace("_", " ")
+    axes.set_xlabel(textwrap.fill(f"{words} in the last epoch ({_unit(name)})", LABEL))
+    declared = f"{rest[0]} than in {baseline}, by the 95 % interval of paired differences (gray)"
+    if len(rest) == 2:
+        declared = f"{rest[0]} {rest[1]} (the line) in every run"
+    how = f"Each mark is one run. Declared check: {words} {declared}. Verdict: {verdict}."
     numbers = [(key, value) for key, values in groups.items() for value in values]
     return Picture(f"check-{slug(row['set'])}-{slug(row['arm'])}", f"{row['arm']} on {row['set']}",
                    how, figure, ("arm", name), numbers)  # fmt: skip
@@ -197,18 +239,21 @@ def sweep(study: Study, found: Mapping[str, Any]) -> Picture:
     if found["chosen"] is not None:
         best = found["tries"].index(found["chosen"])
         axes.plot(places[found["chosen"][first]], found["holdout"][best], "*", markersize=13,
-                  markerfacecolor="none", color=COLORS[1], label="chosen")  # fmt: skip
-    if numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+                  markerfacecolor="none", color=INK, label="chosen")  # fmt: skip
+    if numbers and min(numbers) > 0 and max(numbers) >= 4 * min(numbers):
         axes.set_xscale("log")
-    elif not numbers:
-        axes.set_xticks(range(len(texts)), texts)
-    axes.set(xlabel=f"{first} (as set)", ylabel="right on the holdout of train (%)")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    how = (
-        "Mean over the sweep's seeds of each try (small dots: single runs), on images held out of "
-        "train; the star is what was chosen, and at an end of the line the list was too short."
-    )
+    if len(texts) <= FEW or not numbers:
+        axes.minorticks_off()
+        axes.set_xticks(list(places.values()), texts)
+    axes.set(xlabel=f"{first} (as set)", ylabel="accuracy on the holdout (%)")
+    name_below(figure, axes)
+    how = "Each mark is one try, scored on images held out of train"
+    if len(seeds) > len(found["tries"]):
+        how += " (mean over the sweep's seeds; the dots are single runs)"
+    how += ". The star is the try that was chosen."
+    if found["edge"]:
+        edge = " and ".join(found["edge"])
+        how += f" It lies at an end of the values of {edge}: a better one may lie beyond."
     head = (first, *others, "holdout (%)")
     rows = [
         (*tried.values(), value)
@@ -239,8 +284,9 @@ def _planes(study: Study, runs: Mapping[str, Reported]) -> list[Block]:
                 y.append(100 * accuracy)
         if groups:
             how = (
-                "Each mark is a run at its end: further left the head passes on less of the "
-                "features, further up they are classified better."
+                "Each mark is one run after its last epoch. Further left, the projections z share "
+                "less with the features h (I₂: matrix information); further up, the probe on h is "
+                "more accurate."
             )
             axes = ("I₂(h; z) (nats)", f"{study['primary']} (%)")
             name = f"plane-{slug(part['set'])}"
@@ -276,15 +322,15 @@ def _paths(study: Study, dataset: str, runs: Mapping[str, Reported]) -> Picture 
     if not groups:
         return None
     how = (
-        "Each line is an arm by epoch, the mean over its seeds, and the large mark is its last "
-        f"epoch; the online probe is scored {ONLINE[online]}."
+        "Each line follows one arm from epoch to epoch (mean over its seeds) and ends at the large "
+        f"mark. The online probe trains beside the encoder and is scored {ONLINE[online]}."
     )
-    axes = ("I₂(h; z) (nats)", f"online probe, right {ONLINE[online]} (%)")
+    axes = ("I₂(h; z) (nats)", f"online probe {ONLINE[online]} (%)")
     name = f"paths-{slug(dataset)}"
     return scatter(name, f"Epochs on {dataset}", how, axes, groups, joined=True)
 
 
-def _origin(study: Study) -> list[Block]:
+def _provenance(study: Study) -> list[Block]:
     blocks: list[Block] = [Text(note) for note in table.notes(study)]
     if study["problems"]:
         rows = list(study["problems"].items())

@@ -2,12 +2,12 @@
 
 CSS = """
 :root{--ink:#1c2126;--dim:#59626d;--faint:#c9ced6;--paper:#fff;--card:#f6f7f9;--link:#005a9c;
---warn:#8a4b00;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9}
+--warn:#8a4b00;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;--c6:#77808a}
 @media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--dim:#a3adb8;--faint:#3b444e;
 --paper:#14181c;--card:#1d2329;--link:#7cc4ff;--warn:#f0b060;--c0:#4aa3df;--c1:#ff8a3d;--c2:#2fc79a;
---c3:#e39cc4;--c4:#f2b632;--c5:#9bd4f7}}
+--c3:#e39cc4;--c4:#f2b632;--c5:#9bd4f7;--c6:#a9b2bc}}
 @media print{:root{--ink:#000;--dim:#333;--faint:#bbb;--paper:#fff;--card:#fff;--link:#000;
---warn:#000;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9}
+--warn:#000;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#e69f00;--c5:#56b4e9;--c6:#77808a}
 nav{display:none!important}figure,tr{break-inside:avoid}h2,h3{break-after:avoid}
 .scroll{overflow:visible!important}}
 *{box-sizing:border-box}

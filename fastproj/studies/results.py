@@ -204,13 +204,13 @@ def _conclude(plan: Plan, arm: Arm, row: dict[str, Any]) -> str:
     beyond = row.get("beyond_noise", {})
     if beyond.get("gain_low") is not None:
         text += (
-            f"; beyond its noise alone {beyond['gain_mean']:+.2f} points "
+            f"; against its noise alone {beyond['gain_mean']:+.2f} points "
             f"({beyond['gain_low']:+.2f} to {beyond['gain_high']:+.2f})"
         )
     if row["acted"] is False:
-        return f"the treatment did not act ({row['check']}), so this is no test of it: {text}"
+        return f"{text}; {row['check']} was not shown, so this is no test of the treatment"
     if row["check"] and row["acted"] is None:
-        return f"whether the treatment acted is not known ({row['check']}): {text}"
+        return f"{text}; whether the treatment acted is not known ({row['check']})"
     return text
 
 

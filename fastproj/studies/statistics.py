@@ -166,6 +166,6 @@ def conclusion(gain: Gain, p_holm: float, published: float | None = None) -> str
     if n < needed and low <= 0 <= high:
         return (
             f"{text}; the published {published:+.2f} could not be seen with n = {n}, it needs "
-            f"{needed} seeds"
+            f"about {needed} seeds"
         )
     return f"{text}; the published {published:+.2f} lies within the interval"

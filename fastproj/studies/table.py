@@ -59,6 +59,11 @@ def conclusions(report: Report) -> list[str]:
     ]
 
 
+def settings(values: Mapping[str, str]) -> str:
+    """``optim.lr 1e-3, projector.k 41``."""
+    return ", ".join(f"{name} {text}" for name, text in values.items())
+
+
 def notes(report: Report) -> list[str]:
     """What the table rests on: spread, sweeps, and what ran where."""
     found = []
@@ -70,13 +75,11 @@ def notes(report: Report) -> list[str]:
             )
     for sweep in report["sweeps"]:
         chosen = sweep["chosen"]
-        words = "no try has a result" if chosen is None else ", ".join(
-            f"{name} {text}" for name, text in chosen.items()
-        )  # fmt: skip
+        words = "no try has a result" if chosen is None else settings(chosen)
         edge = f"; {' and '.join(sweep['edge'])} at the end of the list" if sweep["edge"] else ""
         found.append(
-            f"{sweep['set']}, {sweep['arm']}: of {len(sweep['tries'])} tries the holdout of train "
-            f"chose {words}{edge}."
+            f"{sweep['set']}, {sweep['arm']}: best of {len(sweep['tries'])} tries on the holdout "
+            f"of train: {words}{edge}."
         )
     return [*found, *_origin(report)]
 
@@ -85,7 +88,7 @@ def _origin(report: Report) -> list[str]:
     environment = report["environment"]
     commits = [
         "no commit" if git is None
-        else git["commit"][:10] + (" with changes" if git["dirty"] else "")
+        else git["commit"][:10] + (" with uncommitted changes" if git["dirty"] else "")
         for git in environment.get("git", ())
     ]  # fmt: skip
     versions = sorted(

@@ -159,7 +159,7 @@ def test_a_sweep_runs_first_and_its_choice_is_every_seeds(
     finals = [run for run in report["runs"] if run["trial"] is None]
     assert [run["overrides"]["optim.lr"] for run in finals] == ["1e-3", "1e-3"]
     out = capsys.readouterr().out
-    assert "s, default: of 2 tries the holdout of train chose optim.lr 1e-3." in out
+    assert "s, default: best of 2 tries on the holdout of train: optim.lr 1e-3." in out
     assert "with one seed, which has no interval" in out
 
 

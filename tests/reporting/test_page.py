@@ -98,7 +98,7 @@ def test_the_page_loads_nothing_and_repeats_no_id():
 
 
 def test_colors_follow_the_page():
-    picture = figures.lines("one", PANEL, {n: ([1, 2], [0.1, 0.2]) for n in "abcdef"})
+    picture = figures.lines("one", PANEL, {n: ([1, 2], [0.1, 0.2]) for n in "abcdefg"})
     svg = themed(picture)
     for color in (*figures.COLORS, figures.INK, figures.FAINT):
         assert color in picture.svg() and color not in svg

@@ -12,7 +12,7 @@ from fastproj.reporting.page import Missing, Page, Table
 from fastproj.reporting.read import Setting, read_run
 from fastproj.reporting.run import Pictures, run_page
 from fastproj.reporting.samples import Embedded, Views
-from fastproj.reporting.study import read_study, study_page, sweep
+from fastproj.reporting.study import check, forest, read_study, study_page, sweep
 from fastproj.runs.folder import RunFolder
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Plan
@@ -244,6 +244,10 @@ def test_a_study_is_answered(study):
         assert "(" in axes.get_xlabel() and axes.get_ylabel() + "".join(
             text.get_text() for text in axes.get_yticklabels()
         )
+    chosen = "digits: optim.lr 1; more: optim.lr 1"
+    assert tables(page)["What each arm is"].rows == [
+        (arm, "demo", "", chosen) for arm in ("default", "treated", "no-op")
+    ]
     html = page.html()
     for sentence in table.conclusions(report):
         assert sentence.partition(";")[0] in html
@@ -296,7 +300,29 @@ def test_a_sweep_of_words_and_of_two_settings():
     }
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.2", "0.1", "low"]
     failed = {**found, "tries": [{"a.b": "1"}], "holdout": [None], "chosen": None}
-    assert sweep({"runs": []}, failed).figure.axes[0].get_legend() is None
+    assert sweep({"runs": []}, failed).figure.legends == []
+
+
+def test_no_label_leaves_its_figure(study):
+    report, runs = study
+    row = report["sets"][0]["rows"][1]
+    long = {**row, "arm": "superfluous noise only", "check": "alignment_features lower",
+            "diagnostic": {"arm": [0.25, 0.5], "baseline": [0.75, 1.0]}}  # fmt: skip
+    tries = [{"optim.lr": "1e-3", "matrix_information.weight": f"1e-{n}"} for n in range(6)]
+    tried = {"set": "s", "arm": "a", "tries": tries, "holdout": [61.25] * 6, "chosen": tries[0],
+             "edge": []}  # fmt: skip
+    pictures = [
+        *study_page(report, runs).pictures(),
+        check(long, "default", "did not act"),
+        forest("s", [long] * 6, "default", "logistic.top1"),
+        sweep({"runs": []}, tried),
+    ]
+    for picture in pictures:
+        picture.figure.draw_without_rendering()
+        drawn = picture.figure.get_tightbbox()
+        width, height = picture.figure.get_size_inches()
+        assert min(drawn.x0, drawn.y0) > -0.02, picture.name
+        assert drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02, picture.name
 
 
 def test_the_paths_are_means_over_seeds(study):
@@ -311,7 +337,7 @@ def test_the_paths_are_means_over_seeds(study):
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "cannot be read"), ("[]", "schema None"), ('{"schema": 9}', "schema 9"),
-     ('{"schema": 1}', "lacks baseline")],
+     ('{"schema": 1}', "lacks arms")],
 )  # fmt: skip
 def test_a_damaged_study_is_one_line(tmp_path, text, words):
     (tmp_path / "study.json").write_text(text)

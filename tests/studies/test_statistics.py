@@ -154,7 +154,7 @@ def made(mean: float, std: float, n: int = 8) -> Gain:
     ("mean", "std", "p", "published", "words"),
     [
         (0.1, 0.84, 1, 0.26, "no gain larger than 0.80 and no loss larger than 0.60 points (n = 8);"
-         " the published +0.26 could not be seen with n = 8, it needs 84 seeds"),
+         " the published +0.26 could not be seen with n = 8, it needs about 84 seeds"),
         (0.1, 0.84, 1, 1.03, "no gain larger than 0.80 and no loss larger than 0.60 points (n = 8);"
          " the published +1.03 lies outside the interval"),
         (0.3, 0.4, 1, 0.5, "no gain larger than 0.63 and no loss larger than 0.03 points (n = 8);"

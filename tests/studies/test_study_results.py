@@ -90,7 +90,9 @@ def test_a_treatment_that_did_not_act_is_called_that(report: dict[str, Any]) -> 
     lower, idle, no_op = (rows(report)[name] for name in ("lower", "idle", "no-op"))
     assert lower["acted"] is True and lower["diagnostic"]["arm"] == [0.5, 0.6, 0.7]
     assert idle["acted"] is False  # the last seed uses 0.3 of the codes
-    assert idle["conclusion"].startswith("the treatment did not act (used_codes above 0.5)")
+    assert idle["conclusion"].endswith(
+        "; used_codes above 0.5 was not shown, so this is no test of the treatment"
+    )
     assert no_op["conclusion"].startswith("the noise floor: no gain larger than")
     assert "p_holm" not in no_op and "p_holm" not in rows(report)["default"]
 
@@ -126,7 +128,7 @@ def test_the_noise_of_an_arm_is_taken_off_it(tmp_path: Path) -> None:
         fake_run(job, right[job.arm][job.pair])
     found = rows(results.report(plan, read_all(plan, jobs), [], set(), {}))
     assert found["x"]["beyond_noise"]["gain_mean"] == pytest.approx(100 * (1 + 0 + 1) / 3 / 40)
-    assert "; beyond its noise alone +1.67 points (-1.92 to +5.25)" in found["x"]["conclusion"]
+    assert "; against its noise alone +1.67 points (-1.92 to +5.25)" in found["x"]["conclusion"]
     assert found["x noise only"]["conclusion"].startswith("the noise of x alone: ")
 
 
