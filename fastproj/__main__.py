@@ -48,7 +48,7 @@ COMMANDS = {
 EXTRAS = {
     **{"matplotlib": "report", "ffcv": "ffcv", "nvidia": "dali", "timm": "timm"},
     **{"submitit": "slurm", "tensorboard": "tensorboard", "wandb": "wandb"},
-    **{"pycocotools": "transfer"},
+    **{"pycocotools": "transfer", "huggingface_hub": "parquet"},
 }
 
 
