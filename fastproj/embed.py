@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
         ("--eval.checkpoint", "--eval.encoder"),
     )
     try:
-        path = embed(run, settings)
+        with dist.losing_ranks():
+            path = embed(run, settings)
         if dist.is_main():
             print(f"written: {path}")
     finally:

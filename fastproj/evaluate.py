@@ -58,6 +58,12 @@ def evaluate(run: RunFolder | None, settings: Settings) -> tuple[Evaluation, dic
     found: Scored = []
     path, encoder = None, None
     if is_features_file(settings.data.train):
+        how = settings.eval
+        if how.sets or how.baselines or tuple(how.depths) != ("h",):
+            raise InputError(
+                f"{settings.data.train} holds features and no images: leave out eval.sets, "
+                "eval.baselines and eval.depths"
+            )
         protocol = _protocol(settings, sets, device, out)
         found += protocol.score_files()
     else:

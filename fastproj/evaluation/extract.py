@@ -70,6 +70,8 @@ class Extractor:
                 "depth": depth,
                 "data": beton.manifest.content,
                 "device": self.device.type,
+                # Its pixels differ from those of the other engines.
+                **({"engine": "dali"} if (self.loader or {}).get("engine") == "dali" else {}),
                 **self.about(),
                 "mean": list(norm[0]),
                 "std": list(norm[1]),

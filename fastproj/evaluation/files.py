@@ -56,7 +56,7 @@ def read_features(path: str | Path) -> FeaturesFile:
         raise InputError(
             f"{path} has no labels beside it: save them as {error.filename}, or both in one .npz"
         ) from None
-    except (ValueError, zipfile.BadZipFile, SafetensorError, checkpoint.DamagedError,
+    except (ValueError, TypeError, zipfile.BadZipFile, SafetensorError, checkpoint.DamagedError,
             EOFError) as error:  # fmt: skip
         raise InputError(
             f"{path} is damaged or no features file ({error}): save plain arrays, no objects"

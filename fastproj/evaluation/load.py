@@ -50,11 +50,23 @@ class LoadedEncoder:
     epoch: int | None = None
 
     def at_random(self, seed: int) -> "LoadedEncoder":
-        """The same encoder as initialized from ``seed``, without a projector."""
+        """The same encoder as initialized from ``seed``, without a projector.
+
+        Raises ``InputError`` where the seed changes nothing: a function may give trained weights.
+        """
+        torch.manual_seed(seed + 1)
+        other = self.build().state_dict().values()
         torch.manual_seed(seed)
+        module = self.build()
+        if all(map(torch.equal, other, module.state_dict().values())):
+            raise InputError(
+                f"{self.about['name']} has the same weights whatever the seed: there is no random "
+                "encoder to compare with, so leave out the baselines, or name a function that "
+                "draws its weights"
+            )
         weights = f"as initialized from seed {seed}"
         return LoadedEncoder(
-            self.build(), self.about, weights, self.build, self.mean, self.std, self.size
+            module, self.about, weights, self.build, self.mean, self.std, self.size
         )
 
 

@@ -68,6 +68,11 @@ class Protocol:
         names = Counter(sets.name for sets in self.sets)
         if twice := [name for name, count in names.items() if count > 1]:
             raise InputError(f"two sets are called {twice[0]}: rename the folder of one")
+        of_images = [probe for probe in self.probes if takes_images(probe)]
+        if of_images and not {"h", ALL} & {*self.depths}:
+            raise InputError(
+                f"eval.probes: {of_images[0]} runs the whole encoder: give eval.depths h as well"
+            )
 
     def score(self, name: str, encoder: LoadedEncoder | None, baseline: bool = False) -> Scored:
         """One row per set, depth and probe of ``encoder`` (None: the pixels), called ``name``.
@@ -137,17 +142,18 @@ class Protocol:
         """``row`` once per probe, with its results; those of images only with ``on_images``."""
         found = []
         for probe, arguments in self.probes.items():
+            about = row.protocol["features"]
             if not takes_images(probe):
                 result = PROBES[probe](train, val, num_classes, **arguments)
             elif on_images:
-                result = on_images(probe, arguments)
+                result, about = on_images(probe, arguments), about | self._center().about()
             else:
                 continue
             done = replace(
                 row,
                 probe=probe,
                 metrics=result.metrics,
-                protocol=row.protocol | {"probe": result.protocol},
+                protocol=row.protocol | {"features": about, "probe": result.protocol},
                 seconds=row.seconds | {"probe": result.seconds},
             )
             found.append((done, result))
@@ -163,11 +169,15 @@ class Protocol:
         batch_size = BATCH_SIZES.get(probe, BATCH_SIZE)
         with (
             closing(self.extractor.draw(sets.train, batch_size, arguments["seed"])) as train,
-            closing(self.extractor.open(sets.val)) as val,
+            closing(self._center().open(sets.val)) as val,
         ):
             return PROBES[probe](
                 module, train, val, sets.num_classes, mean=mean, std=std, **arguments
             )
+
+    def _center(self) -> Extractor:
+        """What probes that run the encoder on new crops score on."""
+        return replace(self.extractor, crops="center")
 
     def _features(
         self, sets: Sets, encoder: LoadedEncoder | None, baseline: bool
@@ -182,6 +192,8 @@ class Protocol:
         wanted = has if ALL in self.depths else self.depths
         if baseline:
             wanted = [depth for depth in wanted if depth in has]
+            if not wanted:
+                return {}, {}
         ours, theirs = (
             self.extractor.encode(beton, encoder, wanted, (mean, std))
             for beton in (sets.train, sets.val)
@@ -191,4 +203,5 @@ class Protocol:
             "mean": list(mean),
             "std": list(std),
         }
-        return {depth: (ours[depth], theirs[depth]) for depth in ours}, about
+        # Of features that were kept, only the first rank has any.
+        return {depth: (ours[depth], theirs[depth]) for depth in ours if depth in theirs}, about

@@ -20,7 +20,7 @@ from fastproj.transfer.detector import StepPlan, build_detector, detect
 from fastproj.transfer.objects import augmentation, read, trainable
 from fastproj.transfer.run import Work, facts, run
 from fastproj.transfer.scores import coco_scores, voc_scores
-from fastproj.transfer.sets import DetectionSet, open_set
+from fastproj.transfer.sets import DetectionSet, open_set, same_classes
 
 
 class Detection(Work[TransferSettings, DetectionSet]):
@@ -33,12 +33,13 @@ class Detection(Work[TransferSettings, DetectionSet]):
         return open_set(data.format, data.root, splits, data.download)
 
     def build(self, rank: dist.Rank, device: torch.device) -> None:
-        settings, encoder = self.settings, self.encoder
+        settings, encoder, train, val = self.settings, self.encoder, self.train, self.val
+        same_classes({train.name: train.classes, val.name: val.classes})
         how, images, optim = settings.detector, settings.images, settings.optim
         torch.manual_seed(settings.run.seed)  # of the detector's new weights
         detector = build_detector(
             encoder.module,
-            len(self.train.classes),
+            len(train.classes),
             head=how.head,
             masks=how.masks,
             frozen=how.frozen,
@@ -50,11 +51,11 @@ class Detection(Work[TransferSettings, DetectionSet]):
             mean=encoder.mean,
             std=encoder.std,
         )
-        self.images = trainable(self.train.images)
-        if left := len(self.train.images) - len(self.images):
+        self.images = trainable(train.images)
+        if left := len(train.images) - len(self.images):
             self.left_out = (
-                f"{left} of {len(self.train.images)} images of {self.train.name} have no object "
-                "to train on: left out"
+                f"{left} of {len(train.images)} images of {train.name} have no object to train on: "
+                "left out"
             )
         plan = StepPlan(
             optim.steps,

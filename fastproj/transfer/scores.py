@@ -58,12 +58,10 @@ def coco_scores(
         truth.dataset = as_coco(images, classes)
         truth.createIndex()
         for kind, theirs in kinds.items():
-            boxes_alone = [
-                {name: value for name, value in one.items() if name != "segmentation"}
-                for one in results
-            ]
-            # Detections' areas are those of boxes or of masks.
-            ours = truth.loadRes(copy.deepcopy(results) if kind == "mask" else boxes_alone)
+            # loadRes takes a detection's area from its box, if that is there.
+            other = {"box": "segmentation", "mask": "bbox"}[kind]
+            alone = [{name: one[name] for name in one if name != other} for one in results]
+            ours = truth.loadRes(copy.deepcopy(alone))
             evaluation = COCOeval(truth, ours, theirs)
             evaluation.evaluate()
             evaluation.accumulate()

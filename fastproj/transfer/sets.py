@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,10 +84,12 @@ def open_set(kind: str, root: str | Path, splits: Sequence[str], download: bool)
     read: Callable[[Path, str, bool], tuple[tuple[str, ...], list[Annotated]]]
     read = _voc if kind == "voc" else _coco
     images: list[Annotated] = []
+    of_split = {}
     for split in splits:
-        classes, found = read(Path(root), split, download)
+        of_split[split], found = read(Path(root), split, download)
         images += found
-    name = "+".join(splits)
+    same_classes(of_split)
+    classes, name = of_split[splits[0]], "+".join(splits)
     missing = [image.file for image in images if not image.file.is_file()]
     if missing:
         raise InputError(
@@ -97,6 +99,22 @@ def open_set(kind: str, root: str | Path, splits: Sequence[str], download: bool)
     if not any(len(image) for image in images):
         raise InputError(f"{root}: no image of {name} has an annotated object: nothing to detect")
     return DetectionSet(name, classes, images)
+
+
+def same_classes(found: Mapping[str, Sequence[str]]) -> None:
+    """``InputError`` where the ``found`` classes, by split, are not the same in the same order."""
+    (first, classes), *others = found.items()
+    for name, other in others:
+        if list(other) != list(classes):
+            number = next(
+                (n for n, (a, b) in enumerate(zip(classes, other, strict=False)) if a != b),
+                min(len(classes), len(other)),
+            )
+            one, two = ((*of, "none")[min(number, len(of))] for of in (classes, other))
+            raise InputError(
+                f"the classes of {first} and {name} differ: class {number + 1} is {one} in the one "
+                f"and {two} in the other; give both files the same categories"
+            )
 
 
 def open_voc(kind: type[V], root: Path, split: str, download: bool, such_as: str) -> V:

@@ -114,6 +114,7 @@ def test_probes_on_new_crops_are_rows_of_the_encoder_alone(root):
         "--eval.published_cifar_barlow_epochs", "2", "--eval.solo_epochs", "1",
         "--eval.published_cifar_barlow_learning_rates", "0.3,3",
         "--eval.finetune_epochs", "1", "--eval.finetune_labels", "0.5",
+        "--eval.crops", "five", "--eval.crop_fraction", "0.875",
     )  # fmt: skip
     on_crops = ["published_cifar_barlow", "solo", "finetune"]
     assert [(row.encoder, row.probe) for row in found] == [
@@ -125,10 +126,13 @@ def test_probes_on_new_crops_are_rows_of_the_encoder_alone(root):
     assert (barlow["epochs"], barlow["images"], barlow["batch_size"]) == (2, 200, 200)
     assert solo["method"] == "simclr" and solo["crop"]["size"] == 8
     assert tuned["labels"] == 0.5 and 95 <= tuned["images"] <= 105  # stratified
+    crops = [row.protocol["features"]["crop"]["kind"] for row in found[-4:]]
+    assert crops == ["five"] + ["center"] * 3  # of val: what the published protocols score
     for row in found[-3:]:
         assert 0 < row.metrics["top1"] < 1 and row.seconds["probe"] > 0
     # The encoder that fine-tuning copied is as it was: kNN scores it the same again.
-    assert found[5].metrics == rows(root, "--eval.probes", "knn")[0].metrics
+    again = ("--eval.probes", "knn", "--eval.crops", "five", "--eval.crop_fraction", "0.875")
+    assert found[5].metrics == rows(root, *again)[0].metrics
 
 
 def test_raw_pixels_equal_the_probes_on_the_stored_bytes(root, trained):

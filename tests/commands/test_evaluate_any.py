@@ -118,6 +118,8 @@ def test_embedded_features_give_the_rows_of_the_encoder(
     assert [row.metrics for row in direct] == [row.metrics for row in of_files]
     assert of_files[0].encoder == "file" and of_files[0].data == "val"
     assert of_files[0].protocol["data"]["classes"] == 10
+    with pytest.raises(InputError, match="holds features and no images: leave out eval.sets"):
+        command.main([*files, *QUICK, "--eval.out", str(tmp_path), "--eval.sets", str(house)])
 
 
 def test_validation_images_that_are_the_training_images(
@@ -142,6 +144,21 @@ def test_validation_images_that_are_the_training_images(
             "no folder nowhere",
         ),
         (["--data.val", "some.npz"], "give two betons or two features files"),
+        (
+            ["--eval.encoder", "evaluated_models:flat", "--eval.baselines", "true"],
+            "the same weights whatever the seed",
+        ),
+        (
+            [
+                "--eval.encoder",
+                "evaluated_models:flat",
+                "--eval.depths",
+                "layer4",
+                "--eval.probes",
+                "knn,solo",
+            ],
+            "solo runs the whole encoder: give eval.depths h as well",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(

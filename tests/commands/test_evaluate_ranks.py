@@ -36,12 +36,12 @@ def evaluated(folder: Path, out: Path) -> list[Tensor]:
     found = extractor.encode(beton, loaded, ["h"], ((0.3,) * 3, (0.2,) * 3))["h"]
     mine = torch.tensor(sum(seen))
     uneven = features(encoder, _all_on_the_first_rank(beton), mean=(0.3,) * 3, std=(0.2,) * 3)
-    command.main(
-        f"""--data.train {folder}/train.beton --data.val {folder}/val.beton --views.size 12
-        --eval.encoder torch.nn:Flatten --run.device cpu --eval.logistic_strengths 1e-2
-        --eval.knn_k 3
-        --eval.out {out}""".split()
-    )
+    for train in ("other", "train"):  # the second time val's features are kept, train's are not
+        command.main(
+            f"""--data.train {folder}/{train}.beton --data.val {folder}/val.beton --views.size 12
+            --eval.encoder torch.nn:Flatten --eval.normalize imagenet --run.device cpu
+            --eval.logistic_strengths 1e-2 --eval.knn_k 3 --eval.out {out}""".split()
+        )
     return [found.features, found.labels, uneven.features, uneven.labels, mine]
 
 
@@ -53,7 +53,7 @@ def _all_on_the_first_rank(beton: Beton) -> Loader:
 
 
 def test_two_ranks_give_the_features_and_the_table_of_one(tmp_path: Path) -> None:
-    for split, seed in (("train", 0), ("val", 1)):
+    for split, seed in (("train", 0), ("val", 1), ("other", 2)):
         source = betons.digit_like(np.random.default_rng(seed), COUNT, SIDE, classes=3)
         betons.write(replace(source, split=split), tmp_path, Store("raw"))
     alone = evaluated(tmp_path, tmp_path / "one")

@@ -57,6 +57,12 @@ def test_no_code_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not Path("code-was-run").exists()
 
 
+def test_labels_that_are_words(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", features=X, labels=np.array([*"abab"]))
+    with pytest.raises(InputError, match="a.npz is damaged or no features file"):
+        read_features(tmp_path / "a.npz")
+
+
 def _nan() -> np.ndarray:
     bad = X.copy()
     bad[1, 2] = bad[3, 0] = np.nan

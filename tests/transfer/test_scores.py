@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import encode
 
 from fastproj.transfer.scores import Detections, coco_scores, voc_scores
 from fastproj.transfer.sets import Annotated, open_set
@@ -111,7 +113,8 @@ def test_cocos_equals_pycocotools_on_the_files(tmp_path: Path, seed: int) -> Non
                 )  # fmt: skip
         boxes_alone = [{k: v for k, v in one.items() if k != "segmentation"} for one in theirs]
         wanted = {}
-        for name, kind, results in (("box", "bbox", boxes_alone), ("mask", "segm", theirs)):
+        masks_alone = [{k: v for k, v in one.items() if k != "bbox"} for one in theirs]
+        for name, kind, results in (("box", "bbox", boxes_alone), ("mask", "segm", masks_alone)):
             path = tmp_path / f"{kind}.json"
             path.write_text(json.dumps(results))
             judge = COCOeval(truth, truth.loadRes(str(path)), kind)
@@ -120,9 +123,26 @@ def test_cocos_equals_pycocotools_on_the_files(tmp_path: Path, seed: int) -> Non
             judge.summarize()
             wanted |= {f"{name}_ap": judge.stats[0], f"{name}_ap50": judge.stats[1]}
             wanted |= {f"{name}_ap75": judge.stats[2]}
+            sizes = zip(("small", "medium", "large"), judge.stats[3:6].tolist(), strict=True)
+            wanted |= {f"{name}_ap_{size}": value for size, value in sizes if value >= 0}
     ours = coco_scores(opened.images, opened.classes, seen)
     assert {name: ours[name] for name in wanted} == pytest.approx(wanted, abs=1e-12)
     assert 0.05 < ours["box_ap"] < 0.95
+
+
+def test_a_mask_is_as_large_as_itself_and_not_as_its_box() -> None:
+    """One small object found; a thin mask in a large box is a false detection of a small one."""
+    truth = [annotated([[0, 0, 20, 20]], [1])]
+    thin = np.zeros((100, 100), dtype=np.uint8, order="F")
+    thin[np.arange(60), np.arange(60)] = 1  # 60 pixels in a box of 3,600
+    square = np.zeros_like(thin, order="F")
+    square[:20, :20] = 1
+    here = found([[0, 0, 60, 60], [0, 0, 20, 20]], [1, 1], [0.9, 0.8])
+    here["masks"] = [encode(thin), encode(square)]
+    outlined = replace(truth[0], outlines=[[[0, 0, 20, 0, 20, 20, 0, 20]]])
+    scores = coco_scores([outlined], ["a"], [here])
+    assert scores["mask_ap_small"] == pytest.approx(0.5, abs=0.01)
+    assert scores["box_ap_small"] == pytest.approx(1)  # the large box is none of the small ones
 
 
 def voc_in_loops(truth: list, seen: list, label: int, threshold: float) -> float:

@@ -12,7 +12,7 @@ import pytest
 from torchvision.datasets import voc
 
 from fastproj.core.errors import InputError
-from fastproj.transfer.sets import VOC_CLASSES, open_set
+from fastproj.transfer.sets import VOC_CLASSES, open_set, same_classes
 from tests.support.detection import SHAPES, images, write_coco, write_voc
 
 MADE = images(0, 6, empty=(4,))
@@ -148,6 +148,23 @@ def test_what_is_wrong_with_a_coco_set_is_one_line(root: Path, fault: str) -> No
     with pytest.raises(InputError, match=says) as refused:
         open_set("coco", root, ["train2017"], False)
     assert "\n" not in str(refused.value)
+
+
+def test_splits_of_other_categories_are_not_one_set(root: Path) -> None:
+    file = write_coco(root, "val2017", MADE)
+    content = json.loads(file.read_text())
+    content["categories"] = content["categories"][1:]
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] != 3]
+    file.write_text(json.dumps(content))
+    train, val = (open_set("coco", root, [split], False) for split in ("train2017", "val2017"))
+    assert val.classes == train.classes[1:]  # alone it is a set
+    words = f"train2017 and val2017 differ: class 1 is {SHAPES[0]} in the one and {SHAPES[1]} in"
+    with pytest.raises(InputError, match=words):
+        open_set("coco", root, ["train2017", "val2017"], False)
+    with pytest.raises(InputError, match=words):
+        same_classes({train.name: train.classes, val.name: val.classes})
+    with pytest.raises(InputError, match="class 3 is none in the one and c in the other"):
+        same_classes({"one": "ab", "two": "abc"})
 
 
 def test_a_box_is_cut_at_the_edge_and_one_without_area_is_left_out(root: Path) -> None:

@@ -105,4 +105,7 @@ def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if tied.any():  # rare: topk may have taken any of the equals
         order = similarity[tied].sort(dim=1, descending=True, stable=True).indices
         columns[tied] = order[:, :k]
-    return values, columns
+    # Of equals the first columns come first: fewer neighbors than k may vote as well.
+    columns = columns.sort(1).values
+    values, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)

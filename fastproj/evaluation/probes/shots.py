@@ -77,6 +77,8 @@ def draw(labels: Tensor, size: float, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     grouped = shuffled[labels[shuffled].sort(stable=True).indices]
     counts = torch.bincount(labels)
+    if size > 1 and size % 1:
+        raise InputError(f"few_shot cannot take {size} images of each class: give a whole number")
     if size < 1:
         taken = (counts * size).round().long().clamp(min=1)
     else:
