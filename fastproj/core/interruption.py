@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -29,7 +29,7 @@ class Interruption:
     Rank 0 answers the first signal at once with one line on stderr, above a progress bar. Python
     runs a signal's handler only after the operation under way, which may take seconds (a backward
     pass on a CPU); so a thread reads the number that the interpreter writes to a pipe
-    (``signal.set_wakeup_fd``).
+    (``signal.set_wakeup_fd``), and the time when it came.
 
     A second signal ends the process now: ``KeyboardInterrupt`` for Ctrl-C, else ``SystemExit``, and
     where the main thread does not hear it within ``GRACE`` seconds, because it waits for a rank
@@ -39,7 +39,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._first = math.inf  # when the first signal came
+        self._again = False  # a second signal has come
         self._over = Event()
 
     def requested(self, agree: bool) -> bool:
@@ -63,30 +63,29 @@ class Interruption:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._is_second():
+        if self._again:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.signal = self.signal or number
 
-    def _is_second(self) -> bool:
-        now = time.monotonic()
-        self._first = min(self._first, now)
-        return now - self._first > SAME
-
     def _answer(self, main: bool) -> None:
-        answered = False
+        first = math.inf
         while number := os.read(self._read, 1)[0]:
             if number not in STOPS:
                 continue
-            if self._is_second():
+            now = time.monotonic()
+            if now - first > SAME:
+                # The handler may have run already, before this thread knew.
+                self._again = True
+                signal.pthread_kill(main_thread().ident or 0, number)
                 if not self._over.wait(GRACE):
                     os._exit(128 + number)
                 return
-            if main and not answered:
+            if main and first == math.inf:
                 write_line(
                     f"{signal.Signals(number).name}: finishing the step under way, then saving; "
                     f"again, {SAME:g} s later, ends now"
                 )
-            answered = True
+            first = min(first, now)
 
     def __exit__(
         self,

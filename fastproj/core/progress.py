@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Self
 
 from tqdm import tqdm
@@ -72,8 +73,9 @@ class Progress:
 
 
 def write_line(line: str) -> None:
-    """Print a line on stderr, above the bar if one is shown."""
-    if sys.stderr.isatty():
-        tqdm.write(line, file=sys.stderr)
-    else:  # tqdm's lock is shared with forked processes, and a kill never gives it back
-        print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr, above the bar if one is shown; where it cannot be, go on."""
+    with suppress(OSError):
+        if sys.stderr.isatty():
+            tqdm.write(line, file=sys.stderr)
+        else:  # tqdm's lock is shared with forked processes, and a kill never gives it back
+            print(line, file=sys.stderr, flush=True)

@@ -26,8 +26,8 @@ def watched(batches: Iterable[T], seconds: float) -> Iterator[T]:
     stderr: a thread that hangs in a read of a disk cannot be stopped, so waiting for it, as an
     exception would, is no way out. What was written is complete: files are replaced as a whole.
     """
-    waiting, over = threading.Event(), threading.Event()
-    watch = threading.Thread(target=_watch, args=(waiting, over, seconds), daemon=True)
+    waiting, over, came = threading.Event(), threading.Event(), [0]
+    watch = threading.Thread(target=_watch, args=(waiting, over, came, seconds), daemon=True)
     watch.start()
     try:
         iterator = iter(batches)
@@ -35,6 +35,7 @@ def watched(batches: Iterable[T], seconds: float) -> Iterator[T]:
             waiting.set()
             batch = next(iterator, None)
             waiting.clear()
+            came[0] += 1
             if batch is None:
                 return
             yield batch
@@ -42,10 +43,14 @@ def watched(batches: Iterable[T], seconds: float) -> Iterator[T]:
         over.set()
 
 
-def _watch(waiting: threading.Event, over: threading.Event, seconds: float) -> None:
-    tick, waited = min(TICK, seconds), 0.0
+def _watch(
+    waiting: threading.Event, over: threading.Event, came: list[int], seconds: float
+) -> None:
+    tick, waited, before = min(TICK, seconds / 2), 0.0, 0
     while not over.wait(tick):
-        waited = waited + tick if waiting.is_set() else 0.0
+        here, waits = came[0], waiting.is_set()
+        waited = waited + tick if waits and here == before else 0.0
+        before = here
         if waited >= seconds:
             _end(seconds)
 

@@ -23,6 +23,7 @@ import psutil
 from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 from fastproj.core.files import writing
+from fastproj.core.interruption import STOPS
 from fastproj.core.machine import cores, memory
 from fastproj.core.progress import Progress, write_line
 from fastproj.evaluation.results import read_evaluation
@@ -170,6 +171,7 @@ class _Running:
     process: Popen
     output: IO[bytes]
     slot: int
+    told: bool = False  # to end
     began: float = field(default_factory=time.monotonic)
 
 
@@ -201,8 +203,9 @@ class Executor:
 
     @contextmanager
     def _listening(self, total: int) -> Iterator[None]:
-        """A bar of ``total`` jobs, and SIGTERM and Ctrl-C only set ``signal``."""
-        before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        """A bar of ``total`` jobs, and signals that ask for a stop only set ``signal``."""
+        heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._stop) for number in heard}
         self._bar = Progress(total, unit="runs", lines=False, keep=True)
         try:
             with self._bar:
@@ -214,6 +217,8 @@ class Executor:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:  # twice: the user means now
             raise KeyboardInterrupt
+        if self.signal:
+            return
         self.signal = number
         write_line(
             f"{signal.Signals(number).name}: {self.ending}, and the same command goes on; Ctrl-C "
@@ -352,10 +357,11 @@ def own_memory(pid: int) -> int:
 
 
 def _terminate(running: Sequence[_Running]) -> None:
-    """Ask every process to end: training saves where it stands."""
+    """Ask every process to end, once: training saves where it stands, and a second time ends it."""
     for one in running:
-        if one.process.poll() is None:
+        if not one.told and one.process.poll() is None:
             one.process.terminate()
+        one.told = True
 
 
 def reason(path: Path, code: int) -> str:

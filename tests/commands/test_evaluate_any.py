@@ -155,7 +155,7 @@ def test_validation_images_that_are_the_training_images(
                 "--eval.depths",
                 "layer4",
                 "--eval.probes",
-                "knn,solo",
+                "logistic,knn,solo",
             ],
             "solo runs the whole encoder: give eval.depths h as well",
         ),

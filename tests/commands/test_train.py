@@ -1,14 +1,17 @@
 """Training: same numbers whatever happens to the process, and one line for what is wrong."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import defaultdict
@@ -176,6 +179,28 @@ def test_a_signal_saves_and_leaves(
     newest = checkpoint.latest(tmp_path / "r" / "checkpoints")
     assert newest and newest.name == last["file"]
     assert checkpoint.load(newest)["step"] == last["step"] >= 3
+
+
+def test_a_terminal_that_closes_loses_nothing(beton: Beton, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+
+    def lead() -> None:  # a session of its own, which the terminal belongs to
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastproj.train", *options(beton, tmp_path, optim__epochs=4000)],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=lead,
+    )  # fmt: skip
+    os.close(theirs)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    while not metrics.exists() or b'"step": 3,' not in metrics.read_bytes():
+        assert process.poll() is None
+        os.read(ours, 10_000)
+    os.close(ours)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    last = journal.read(metrics)[-1]
+    assert last["event"] == "checkpoint" and last["step"] >= 3
 
 
 def test_the_run_folder_says_what_was_done(whole: Path, beton: Beton) -> None:

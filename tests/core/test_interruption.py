@@ -1,10 +1,15 @@
 """Signals that ask for a stop between two steps."""
 
+import hashlib
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from threading import Thread
 
 import pytest
 
+from fastproj.core import interruption
 from fastproj.core.interruption import STOPS, Interruption
 
 
@@ -27,6 +32,41 @@ def test_the_first_signal_asks_and_the_handler_goes_with_the_run(
     assert signal.getsignal(number) == signal.SIG_DFL
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{number.name}: finishing the step under way")
+
+
+def long_operation(arrivals: Sequence[tuple[float, signal.Signals]]) -> None:
+    """One call into C, as a backward pass: signals come in the midst, their handlers after it."""
+
+    def send() -> None:
+        for pause, number in arrivals:
+            time.sleep(pause)
+            os.kill(os.getpid(), number)
+
+    sender = Thread(target=send)
+    sender.start()
+    while sender.is_alive():
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # about a second
+    sender.join()
+
+
+def test_a_signal_in_a_long_operation_is_a_first_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interruption, "SAME", 0.4)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
+    with Interruption() as asked:
+        long_operation([(0.1, signal.SIGTERM), (0.05, signal.SIGHUP)])
+        assert asked.signal in (signal.SIGTERM, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr().err.count("finishing the step under way") == 1
+
+
+def test_a_second_signal_in_a_long_operation_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "SAME", 0.2)
+    with pytest.raises(SystemExit) as end, Interruption():
+        long_operation([(0.1, signal.SIGTERM), (0.4, signal.SIGTERM)])
+        time.sleep(1)
+    assert end.value.code == 128 + signal.SIGTERM
 
 
 def test_what_the_process_was_started_to_ignore_stays_ignored(number: signal.Signals) -> None:

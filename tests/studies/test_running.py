@@ -242,6 +242,32 @@ def test_a_signal_ends_the_runs_and_starts_no_other(
     assert "SIGTERM: the runs save where they stand" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_runs_are_told_once_to_end(
+    jobs: list[Job],
+    process: type[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    """A run takes a second signal, some time after the first, for an order to end unsaved."""
+    told: list[int] = []
+
+    def poll(self: Process) -> int | None:
+        self.looked += 1
+        if self.looked == 2:
+            os.kill(os.getpid(), number)
+        return 128 + number if self.looked > 9 else None
+
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(Process, "poll", poll)
+    monkeypatch.setattr(Process, "terminate", lambda self: told.append(self.looked))
+    runner = Runner(tmp_path / "s", 1)
+    runner.run(jobs)
+    signal.signal(number, before)
+    assert runner.signal == number and len(told) == 1 and not runner.problems
+
+
 def test_a_second_ctrl_c_ends_the_runs_now(
     jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
