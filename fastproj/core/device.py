@@ -73,7 +73,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         ]
     if device.type == "cpu":
         return torch.bfloat16 if fast_in_bfloat16(CPUINFO) else torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    native = torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+    return torch.bfloat16 if native else torch.float16
 
 
 def fast_in_bfloat16(cpuinfo: Path) -> bool:

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedRandom
+from io import BufferedRandom, RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +32,20 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(
             f"cannot write {path}: {reason.strerror or reason}; make room or fix the permissions"
         ) from error
+
+
+def append(file: RawIOBase, line: bytes) -> None:
+    """Append all of ``line`` to ``file``, which is unbuffered, or nothing.
+
+    A disk that fills up takes the first part of a write and says so with the next one.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[file.write(line) or 0 :]
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
 
 
 @contextmanager

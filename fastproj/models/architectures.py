@@ -24,6 +24,7 @@ from fastproj.models.frozen import frozen
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and std, of [0, 1]
 CLASSIFIERS = ("fc", "heads", "head", "classifier")  # torchvision's names of the last layers
+AUXILIARY = ("aux1", "aux2", "AuxLogits")  # and of classifiers in the midst of Inception's
 # What torchvision's reference training leaves out of weight decay; its models do not say so.
 UNDECAYED = ("class_token", "pos_embedding", "relative_position_bias_table")
 
@@ -152,6 +153,11 @@ def _of_torchvision(name: str, size: int | None) -> Architecture:
     model = _built(f"torchvision:{name}", make, "image_size", size)
     head = next(head for head in CLASSIFIERS if hasattr(model, head))
     setattr(model, head, nn.Flatten())  # some took (B, d, 1, 1)
+    if getattr(model, "aux_logits", False):  # else they train on a tuple of logits
+        setattr(model, "aux_logits", False)  # noqa: B010 - mypy takes it for a layer
+        for name_of_part in AUXILIARY:
+            if hasattr(model, name_of_part):
+                setattr(model, name_of_part, None)
     about = {"name": f"torchvision:{name}", "features": f"what its {head} took"}
     return Architecture(model, about, *IMAGENET, 224)
 

@@ -52,7 +52,11 @@ def _listed(path: str | None) -> list[str] | None:
     """The class names in a file, one per line; None without a file."""
     if path is None:
         return None
-    names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.classes {path}: not UTF-8 ({error}): save it as that") from None
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise InputError(f"data.classes {path}: lists no class; give one name per line")
     return names

@@ -142,8 +142,7 @@ def of_dataset(dataset: Any, split: str, name: str) -> Source:
         )
     given = next((getattr(dataset, key) for key in LABELS if hasattr(dataset, key)), None)
     if given is None or len(given) != len(dataset):
-        items = (dataset[i] for i in range(len(dataset)))
-        given = [item[1] if isinstance(item, tuple) else -1 for item in items]
+        given = [_label(dataset, i, name) for i in range(len(dataset))]
     try:
         labels = np.array([-1 if label is None else int(label) for label in given], np.int64)
     except (TypeError, ValueError):
@@ -161,6 +160,17 @@ def of_dataset(dataset: Any, split: str, name: str) -> Source:
     names = [f"{split}[{i}]" for i in range(len(dataset))]
     classes = tuple(str(label) for label in classes)
     return Source(split, classes, Lazy(read, range(len(dataset))), labels, names)
+
+
+def _label(dataset: Any, position: int, name: str) -> Any:
+    try:
+        item = dataset[position]
+    except Exception as error:  # code of the user's
+        raise InputError(
+            f"data.dataset {name}: item {position} cannot be read ({type(error).__name__}: {error})"
+            ": fix it, or give the labels as the attribute targets"
+        ) from error
+    return item[1] if isinstance(item, tuple) else -1
 
 
 def pixels(image: Any, name: str) -> np.ndarray:

@@ -152,12 +152,18 @@ class Chunk(NamedTuple):
 
 
 def encode_chunk(
-    items: Sequence[Item], labels: Sequence[int], store: Store, max_pixels: int = MAX_PIXELS
+    items: Sequence[Item | Unreadable],
+    labels: Sequence[int],
+    store: Store,
+    max_pixels: int = MAX_PIXELS,
 ) -> Chunk:
-    """Encode a chunk of samples."""
+    """Encode a chunk of samples; those that were not read are passed on."""
     results: list[Stored | Unreadable] = []
     total, gray = np.zeros((3, 256), np.int64), 0
     for item, label in zip(items, labels, strict=True):
+        if isinstance(item, Unreadable):
+            results.append(item)
+            continue
         try:
             image = upright_rgb(item, max_pixels)
             stored, histogram = encode(image, label, store)

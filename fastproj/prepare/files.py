@@ -20,9 +20,12 @@ def csv_files(root: Path, split: str, download: bool) -> list[Source]:
     """
     sources = []
     for path in _files(root, ".csv"):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            rows = list(table)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file)
+                rows = list(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: no csv in UTF-8 ({error}): save it as that") from None
         if "path" not in (table.fieldnames or ()):
             raise InputError(f"{path}: has no column path; its first line must be path,label")
         if not rows:

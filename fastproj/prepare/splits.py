@@ -26,7 +26,15 @@ from fastproj.data.manifest import (
     write_manifest,
 )
 from fastproj.data.shards import shard_name
-from fastproj.prepare.encode import MAX_PIXELS, Chunk, Store, Stored, encode_chunk
+from fastproj.prepare.encode import (
+    MAX_PIXELS,
+    Chunk,
+    Item,
+    Store,
+    Stored,
+    Unreadable,
+    encode_chunk,
+)
 from fastproj.prepare.shards import identity, part
 from fastproj.prepare.sources import Lazy, Source
 from fastproj.prepare.workers import Workers
@@ -128,7 +136,8 @@ class SplitWriter:
         waiting: deque[Future] = deque()
         for start in range(0, len(source.labels), CHUNK):
             chunk = slice(start, start + CHUNK)
-            images, labels = list(source.images[chunk]), source.labels[chunk].tolist()
+            labels = source.labels[chunk].tolist()
+            images = [_read(source, start + at) for at in range(len(labels))]
             waiting.append(
                 self.pool.submit(encode_chunk, images, labels, self.store, self.max_pixels)
             )
@@ -199,6 +208,16 @@ def write_beton(
     with SplitWriter(store, workers or cores(), skip) as writer:
         writer.write(source, folder, dataset, "fastproj.write_beton")
     return open_beton(folder / f"{source.split}.beton")
+
+
+def _read(source: Source, number: int) -> Item | Unreadable:
+    """An image, or why its source does not give it."""
+    try:
+        return source.images[number]
+    except InputError:
+        raise
+    except Exception as error:  # a damaged page or member, or code of the user's
+        return Unreadable(f"{type(error).__name__}: {error}")
 
 
 def make_folder(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import errno
 import re
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fastproj.core.files import replacing, writing
 
 # torch reads nothing of a record with this bit; its tensor is then whatever the memory held.
 DOS_FOLDER = 0x10
+DISK = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)  # not the file's fault
 ZIP = b"PK\x03\x04"  # how every file of torch.save begins, since torch 1.6
 
 
@@ -181,9 +183,11 @@ def read(path: Path) -> Any:
                         raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib and the unpickler meet damage with a dozen types.
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             reason = f"it holds {code[1]}, which is more than tensors, numbers and text"

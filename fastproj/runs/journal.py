@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastproj.core import dist
 from fastproj.core.errors import InputError
-from fastproj.core.files import lock, writing
+from fastproj.core.files import append, lock, writing
 from fastproj.core.progress import Progress, write_line
 from fastproj.runs.sinks import Sinks
 
@@ -88,7 +88,7 @@ class Journal:
             return
         line = json.dumps({"event": kind, "time": time.time(), **fields}) + "\n"
         with writing(self.path):
-            self._file.write(line.encode())
+            append(self._file, line.encode())
         self._show(kind, fields)
         self._sinks.event(kind, fields)
 

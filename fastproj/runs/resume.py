@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.core.files import write_text
@@ -162,7 +164,7 @@ def _fitting(path: Path) -> Iterator[None]:
     """Turn whatever reading a foreign or altered checkpoint raises into one line."""
     try:
         yield
-    except InputError:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError):  # no fault of the file
         raise
     except Exception as error:  # missing keys, other types, other shapes: a dozen exceptions
         reason = " ".join(str(error).split())[:200]

@@ -22,7 +22,7 @@ import psutil
 
 from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
-from fastproj.core.files import writing
+from fastproj.core.files import append, writing
 from fastproj.core.interruption import STOPS
 from fastproj.core.machine import cores, memory
 from fastproj.core.progress import Progress, write_line
@@ -108,7 +108,8 @@ class Log:
                     before.seek(-1, os.SEEK_END)
                     if before.read(1) != b"\n":
                         file.write(b"\n")
-            file.write((json.dumps({"event": kind, "time": time.time(), **fields}) + "\n").encode())
+            line = json.dumps({"event": kind, "time": time.time(), **fields}) + "\n"
+            append(file, line.encode())
 
     def events(self) -> list[dict[str, Any]]:
         """Every whole line."""

@@ -158,7 +158,13 @@ def lars(
 
 def sgd(groups: list[Group], lr: float, *, momentum: float = 0.9) -> torch.optim.SGD:
     """torch's SGD with momentum over ``groups``."""
-    return torch.optim.SGD(groups, lr, momentum=momentum, fused=_fused(groups))
+    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, fused=_fused(groups))
+    if optimizer.defaults["fused"] and momentum:
+        # Else a first step that GradScaler skips leaves what the memory held in them (torch 2.15).
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adamw(groups: list[Group], lr: float) -> torch.optim.AdamW:
@@ -225,7 +231,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     another shape or not finite, and where a group's hyperparameters are others.
     """
     known = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    groups = [dict(group) for group in state["param_groups"]]
+    for group, own in zip(groups, known, strict=False):  # their number is torch's to compare
+        group |= {name: own[name] for name in HOW if name in own}
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for group, own in zip(optimizer.param_groups, known, strict=True):
         for name in own.keys() - {"params", "lr", *HOW}:
             if group.setdefault(name, own[name]) != own[name]:  # an older torch has fewer

@@ -309,6 +309,7 @@ class Trainer:
             part.load_state_dict(state[name])
             require_finite(part.state_dict(), name)
         load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # nothing where the run so far had another precision
+            self.scaler.load_state_dict(state["scaler"])
         self.step = step
         self.loader.seek(epoch, place)

@@ -140,7 +140,8 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         require_finite(self.module.state_dict(), "module")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # nothing where the run so far had another precision
+            self.scaler.load_state_dict(state["scaler"])
         self.step = step
 
 

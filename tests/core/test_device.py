@@ -50,6 +50,17 @@ def test_auto_asks_this_processor_and_a_name_is_obeyed() -> None:
         assert choose_precision(name, CPU) == getattr(torch, name)
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_emulates_bfloat16_takes_float16(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_precision("auto", torch.device("cuda")) == dtype
+
+
 @pytest.fixture
 def flags() -> Iterator[None]:
     """What torch was told before is told again; it takes all of this without a GPU."""

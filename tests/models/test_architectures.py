@@ -88,6 +88,13 @@ def test_a_vit_built_for_one_size_does_not_take_another() -> None:
         output_width(encoder, "m:f", 64)
 
 
+def test_a_classifier_in_the_midst_gives_no_second_result() -> None:
+    """torchvision's GoogLeNet and Inception return a tuple in training."""
+    encoder = build_encoder("torchvision:googlenet", size=64).train()
+    assert encoder(torch.rand(2, 3, 64, 64)).shape == (2, 1024)
+    assert all("aux" not in name for name, _ in encoder.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("timm:resnet81", "timm has no 'resnet81'; did you mean 'resnet"), ("timm:", "give timm:NAME"),

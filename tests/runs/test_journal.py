@@ -223,6 +223,26 @@ def test_full_disk_is_one_line(tmp_path):
     assert len(journal.read(tmp_path / "metrics.jsonl")) > 5
 
 
+def write_with_room_for_half_a_line(folder: Path) -> None:
+    """A disk is full for a moment: the line that did not fit is taken back."""
+    path, limits = folder / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path, main=True, total=9) as book:
+        book.event("step", step=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+        with pytest.raises(InputError, match="File too large"):
+            book.event("step", step=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        book.event("step", step=3)
+    assert [event["step"] for event in journal.read(path)] == [1, 3]
+
+
+def test_a_disk_that_is_full_for_a_moment_leaves_no_half_line(tmp_path):
+    process = FORK.Process(target=write_with_room_for_half_a_line, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def test_missing_run_folder_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot write .*No such file"):
         Journal(tmp_path / "none" / "metrics.jsonl", main=True, total=1)

@@ -1,3 +1,4 @@
+import copy
 import math
 from unittest import mock
 
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastproj.core.errors import SettingError
 from fastproj.models.encoders import build_encoder
 from fastproj.models.projector import build_projector
+from fastproj.training import optim
 from fastproj.training.optim import (
     Lars,
     _scale,
@@ -119,6 +121,44 @@ def test_lars_skips_a_step_that_a_scaler_finds_not_finite():
     assert scaler.get_scale() == 4.0
     for p, q in zip(sum(ours, []), sum(theirs, []), strict=True):
         torch.testing.assert_close(scaled.state[p], plain.state[q])
+
+
+def test_fused_sgd_has_momentum_from_the_start(monkeypatch):
+    """A first step that a scaler skips would leave it as the memory was."""
+    ours, theirs = sum(random_params(), []), sum(random_params(), [])
+    plain = build_optimizer("sgd", parameter_groups([nn.ParameterList(theirs)], 1e-3), 0.1)
+    monkeypatch.setattr(optim, "_fused", lambda groups: True)  # torch has it on a CPU as well
+    fused = build_optimizer("sgd", parameter_groups([nn.ParameterList(ours)], 1e-3), 0.1)
+    assert all(not fused.state[p]["momentum_buffer"].any() for p in ours)
+    assert len(fused.state) == len(ours)
+    for step in range(3):
+        fill_grads(ours, [], step)
+        fill_grads(theirs, [], step)
+        fused.step()
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_file_of_another_device_leaves_the_kernels_of_this_one(name, monkeypatch):
+    """Whether steps are fused is the device's, and AdamW's count of steps lies where they are."""
+    ours, theirs = sum(random_params(), []), sum(random_params(), [])
+    plain = build_optimizer(name, parameter_groups([nn.ParameterList(theirs)], 1e-3), 0.1)
+    fill_grads(theirs, [], 0)
+    plain.step()
+    monkeypatch.setattr(optim, "_fused", lambda groups: True)
+    fused = build_optimizer(name, parameter_groups([nn.ParameterList(ours)], 1e-3), 0.1)
+    optim.load_optimizer(fused, copy.deepcopy(plain.state_dict()))
+    asked = [group.get("fused") for group in fused.param_groups]
+    assert asked == [None if name == "lars" else True] * len(asked)
+    fill_grads(ours, [], 1)
+    fill_grads(theirs, [], 1)
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            p.copy_(q)
+    fused.step()
+    plain.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_scaling_together_gives_the_bits_of_scaling_one_by_one():

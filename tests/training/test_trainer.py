@@ -549,6 +549,16 @@ def test_a_step_that_the_scaler_skips_moves_nothing(beton: Beton) -> None:
     assert moved >= {"encoder", "projector", "teacher", "probe"}
 
 
+def test_a_run_goes_on_in_float16(beton: Beton) -> None:
+    """What another precision saved has no state of a scaler."""
+    state = small_trainer(beton).state_dict()
+    assert state["scaler"] == {}
+    trainer = small_trainer(beton)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.load_state_dict(state)
+    assert trainer.scaler.get_scale() == 8.0
+
+
 def test_the_views_shown_are_those_that_the_step_trains_on(beton: Beton) -> None:
     """Two large views and three small ones of each sample, of the first of two parts."""
     view = View(blur_prob=0)
