@@ -23,7 +23,7 @@ import torch
 
 from fastproj.core.device import choose_device
 from fastproj.core.errors import InputError, SettingError
-from fastproj.core.files import write_text, writing
+from fastproj.core.files import lock, write_text, writing
 from fastproj.data.beton import Beton, open_beton
 from fastproj.data.subset import subset
 from fastproj.evaluate import find_checkpoint, open_extractor
@@ -112,11 +112,24 @@ def _of_study(path: Path) -> tuple[Page, bool]:
         except InputError as error:
             notes.append(str(error))
     if (path / STUDY).is_file():
-        return study_page(read_study(path / STUDY), runs, notes), True
+        found, goes_on = read_study(path / STUDY), _goes_on(path)
+        if goes_on or found.get("stopped"):
+            what = "is going on" if goes_on else "was stopped"
+            notes.insert(0, f"The study {what}: this is its result when it last ended.")
+        return study_page(found, runs, notes), not goes_on
     if not runs:
         raise InputError(f"{path}: no run of this study can be read: {notes[0]}")
     notes.insert(0, f"The study has no {STUDY} yet: it has not ended. These are its runs so far.")
     return comparison_page([*runs.values()], f"Study {path.resolve().name}", notes), False
+
+
+def _goes_on(path: Path) -> bool:
+    """Whether a process brings the study in ``path`` on."""
+    try:
+        with open(path / "study.lock", "rb") as file:
+            return not lock(file)
+    except FileNotFoundError:
+        return False
 
 
 def _draw(run: RunFolder, settings: Settings) -> Pictures:
@@ -170,9 +183,9 @@ def _embedded(run: RunFolder, settings: Settings) -> Embedded:
     )
 
 
-def _labels(run: RunFolder, settings: Settings) -> tuple[np.ndarray, Sequence[str]]:
+def _labels(run: RunFolder, settings: Settings) -> tuple[np.ndarray, Sequence[str], str]:
     val = _val(settings)
-    return val.label, val.classes
+    return val.label, val.classes, val.manifest.content
 
 
 def _val(settings: Settings) -> Beton:

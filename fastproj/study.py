@@ -16,9 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text, writing
@@ -30,15 +28,10 @@ from fastproj.settings.run import Trained
 from fastproj.settings.study import COMMANDS, SCORED_BY, StudySettings, read_blocks
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
-from fastproj.studies.running import Executor, Runner, locked
-from fastproj.studies.scores import Score, read_score, same_protocol
+from fastproj.studies.running import FREE, Executor, Runner, locked
+from fastproj.studies.scores import Score, Val, read_score, same_protocol
 
-# What may differ between a run's config.yaml and the study. What data a run has seen is compared by
-# content: train does so where it resumes, and the scores of a set must be of one content.
-FREE = (
-    *("run.name", "run.dir", "run.device", "run.resume", "data."),
-    *("train.compile", "train.log_every", "train.log_to", "train.checkpoint_every", "train.keep"),
-)
+PLACES = ("run.name", "run.dir", "run.resume")  # of a run: no settings of what it learns
 
 
 def build_plan(settings: StudySettings) -> Plan:
@@ -142,7 +135,7 @@ def check_run(job: Job) -> None:
     schema, prog = COMMANDS[job.command], f"fastproj {job.command}"
     kept = load(schema, [], prog, "", config=job.run.config).flat()
     for name in [*wanted, *kept]:
-        if wanted.get(name) != kept.get(name) and not name.startswith(FREE):
+        if wanted.get(name) != kept.get(name) and not name.startswith((*PLACES, *FREE)):
             raise InputError(
                 f"{job.run.path} is another run: it has {name} = {kept.get(name)}, the study asks "
                 f"for {wanted.get(name)}; remove it, or give the study another --study.name"
@@ -157,7 +150,7 @@ def study(settings: StudySettings) -> dict[str, Any]:
     what is there, and the exit code is 128 + the signal's number.
     """
     plan = build_plan(settings)
-    val = {name: _labels(plan, name) for name in plan.sets}
+    val = {name: _val(plan, name) for name in plan.sets}
     scores: dict[Job, Score] = {}
 
     def finished(job: Job) -> str:
@@ -184,6 +177,7 @@ def study(settings: StudySettings) -> dict[str, Any]:
             _leave(runner.signal)
             raise InputError(f"{plan.folder}: no run has a result: {reason}")
         report = results.report(plan, ordered, sweeps, runner.log.together(), problems)
+        report["stopped"] = bool(runner.signal)
         print(table.text(report), flush=True)
         _write(plan.folder, report)
     _leave(runner.signal)
@@ -210,8 +204,8 @@ def _leave(number: int) -> None:
         raise SystemExit(128 + number)
 
 
-def _labels(plan: Plan, dataset: str) -> NDArray[np.integer] | None:
-    """The labels of every run's val images on ``dataset``; the arms must agree on the data.
+def _val(plan: Plan, dataset: str) -> Val | None:
+    """Every run's val images on ``dataset``; the arms must agree on the data.
 
     None where no class of an image is predicted.
     """
@@ -231,8 +225,9 @@ def _labels(plan: Plan, dataset: str) -> NDArray[np.integer] | None:
         return None
     ((*_, train, val),) = found
     found_val = open_sets(str(train), str(val)).val
-    assert isinstance(found_val, Beton)  # runs train on betons
-    return found_val.label
+    if not isinstance(found_val, Beton):
+        raise InputError(f"sets.{dataset}: runs train on betons, not on {val}")
+    return Val(found_val.label, found_val.manifest.content)
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:

@@ -160,8 +160,10 @@ def _front_matter(facts: Facts) -> str:
 
 def _result(row: Row) -> dict[str, Any]:
     """One score in the form that the Hub reads, accuracies in per cent."""
+    tuned = str(row.protocol["probe"].get("encoder", "")).startswith("trained")
+    state = "fine-tuned" if tuned else "frozen"
     return {
-        "task": {"type": "image-classification", "name": f"{row.probe} probe, frozen encoder"},
+        "task": {"type": "image-classification", "name": f"{row.probe} probe, {state} encoder"},
         "dataset": {"name": row.data, "type": row.data, "split": "val"},
         "metrics": [
             {"type": "accuracy", "name": f"{name}, per cent", "value": round(100 * value, 2)}
@@ -247,7 +249,8 @@ def _accuracy(facts: Facts) -> str:
     head = ("data", "features", "probe", "top-1", "top-5", "training images", "val images")
     table = _markdown(head, lines)
     return (
-        "## Accuracy\n\nOf probes on the frozen encoder's features, one run (n = 1):\n\n"
+        "## Accuracy\n\nOf probes on the frozen encoder's features (finetune trains the encoder "
+        "too), one run (n = 1):\n\n"
         f"{table}\nThe protocol of each:\n\n```yaml\n{_yaml(protocols)}```\n"
     )
 

@@ -217,7 +217,7 @@ def _read(source: Source, number: int) -> Item | Unreadable:
     except InputError:
         raise
     except Exception as error:  # a damaged page or member, or code of the user's
-        return Unreadable(f"{type(error).__name__}: {error}")
+        return Unreadable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def make_folder(path: Path) -> Path:

@@ -111,8 +111,9 @@ def _probes(runs: Sequence[Reported], names: Sequence[str]) -> list[Block]:
     rows = [(n, row) for n, run in zip(names, runs, strict=True) if run.evaluation
             for row in run.evaluation.rows]  # fmt: skip
     how = (
-        "Accuracy on val of probes on frozen features; a difference between single runs may be the "
-        "noise of their seeds, which fastproj study tells apart."
+        "Accuracy on val of probes on frozen features (finetune trains the encoder too); a "
+        "difference between single runs may be the noise of their seeds, which fastproj study "
+        "tells apart."
     )
     for title, own in (("Scores", True), ("Scores of baselines and other depths", False)):
         found: dict[str, dict[str, float]] = {}  # column -> run -> per cent

@@ -72,7 +72,8 @@ class Pictures:
 
     views: samples.Views | str
     embedded: samples.Embedded | str
-    labels: tuple[NDArray[np.int64], Sequence[str]] | str  # of val, and the classes' names
+    # Of val, the classes' names, and the digest of the images' content.
+    labels: tuple[NDArray[np.int64], Sequence[str], str] | str
 
 
 def of_steps(name: str, found: dict[str, curves.Curve]) -> Picture | None:
@@ -172,8 +173,9 @@ def _probes(run: Reported, pictures: Pictures) -> list[Block]:
     head = ("encoder", "data", "probe", *(f"{m} (% of val)" for m in names), "features (s)",
             "probe (s)")  # fmt: skip
     how = (
-        "Accuracy on val of probes on frozen features; 'random' is the encoder before pre-training "
-        "and 'pixels' has none: pre-training is worth the difference to them."
+        "Accuracy on val of probes on frozen features (finetune trains the encoder too); 'random' "
+        "is the encoder before pre-training and 'pixels' has none: pre-training is worth the "
+        "difference to them."
     )
     blocks: list[Block] = [Table("Scores", head, rows, how=how)]
     protocols = [
@@ -198,7 +200,9 @@ def _confusion(run: Reported, rows: Sequence[Row], pictures: Pictures) -> Block:
         return Missing("confusion matrix", "no probe of the run's encoder kept its predictions")
     if isinstance(pictures.labels, str):
         return Missing("confusion matrix", pictures.labels)
-    labels, classes = pictures.labels
+    labels, classes, content = pictures.labels
+    if row.protocol["data"]["val"]["content"] != content:
+        return Missing("confusion matrix", "the predictions are of other images than val now has")
     path = run.folder.path / row.predictions
     try:
         counts = count(labels, np.load(path), len(classes))

@@ -202,7 +202,7 @@ NOISE_ALONE = {"superfluous.lambda_a": "0", "superfluous.lambda_b": "0"}
 def with_controls(arms: Sequence[Arm], baseline: str, noisy: Sequence[str]) -> tuple[Arm, ...]:
     """``arms``, then the baseline with other seeds, then the noise alone of each in ``noisy``.
 
-    Arms that differ in the penalty alone have one control in common.
+    Arms that differ in the penalty alone and are not swept have one control in common.
     """
     names = [arm.name for arm in arms]
     if baseline not in names:
@@ -211,7 +211,8 @@ def with_controls(arms: Sequence[Arm], baseline: str, noisy: Sequence[str]) -> t
     alike: dict[str, list[Arm]] = {}
     for arm in (arms[names.index(name)] for name in noisy):
         rest = {**arm.settings, **NOISE_ALONE}
-        alike.setdefault(repr((arm.recipe, sorted(rest.items()), arm.sweep)), []).append(arm)
+        chosen = arm.name if arm.sweep else ""  # each arm's sweep may choose other settings
+        alike.setdefault(repr((arm.recipe, sorted(rest.items()), chosen)), []).append(arm)
     for first, *others in alike.values():
         added.append(
             replace(

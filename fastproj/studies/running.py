@@ -34,6 +34,14 @@ from fastproj.studies.plan import Job
 State = Literal["absent", "cut", "trained", "whole"]
 POLL = 0.1  # seconds between looks at the processes
 PATIENCE = 60.0  # seconds that runs of an earlier, killed start have to end
+# What a run that is there takes from the study anew: where data lie and what it runs on, and where
+# it goes on training also how it is logged and kept. What data it has seen is compared by content,
+# by train where it resumes, and by ``scores``.
+MOVED = ("run.device", "data.")
+FREE = (
+    *MOVED,
+    *("train.compile", "train.log_every", "train.log_to", "train.checkpoint_every", "train.keep"),
+)
 LOGS = "logs"  # folder of what the commands print
 LEAST = 2 << 30  # bytes: what a run is taken to need until the study has seen more
 
@@ -67,10 +75,16 @@ def state(run: RunFolder, by: str = "train") -> State:
 
 
 def command(job: Job, found: State) -> list[str]:
-    """The words after ``fastproj`` of the next command of a job whose run has come so far."""
+    """The words after ``fastproj`` of the next command of a job whose run has come so far.
+
+    A run that is there reads its own settings; those that may have changed since are given anew.
+    """
     if found == "absent":
         return [job.command, *job.argv()]
-    return [*([job.command, "--run.resume"] if found == "cut" else ["evaluate"]), str(job.run.path)]
+    free = FREE if found == "cut" else MOVED
+    changed = [f"--{name}={x}" for name, x in job.overrides.items() if name.startswith(free)]
+    words = [job.command, "--run.resume"] if found == "cut" else ["evaluate"]
+    return [*words, str(job.run.path), *changed]
 
 
 def spawn(argv: Sequence[str], output: IO[bytes], environment: Mapping[str, str],

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ from fastproj.studies.running import StudyError
 
 ENCODER = "pre-trained"  # the rows that count: not those of the baselines of one run
 POINTS = 100.0  # per unit of accuracy
+
+
+class Val(NamedTuple):
+    """The val images of a set: their labels, int (N,), and the digest of their content."""
+
+    labels: NDArray[np.integer]
+    content: str
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Score:
     environment: dict[str, Any]
 
 
-def read_score(job: Job, primary: str, labels: NDArray[np.integer] | None) -> Score:
-    """Read a whole run. ``labels``: of the val images, int (N,); None where none are predicted.
+def read_score(job: Job, primary: str, val: Val | None) -> Score:
+    """Read a whole run. ``val``: what its images are; None where no class of one is predicted.
 
     Raises ``StudyError`` where no probe gives the metric ``primary``, and ``InputError`` where a
     file is missing or damaged.
@@ -62,7 +69,9 @@ def read_score(job: Job, primary: str, labels: NDArray[np.integer] | None) -> Sc
             f"of {', '.join(metrics)}"
         )
     row, metric = rows[primary]
-    kept = metric == "top1" and row.predictions and row.data == own
+    # One prediction per image, and not the first of several draws.
+    single = row.protocol["probe"].get("draws", 1) == 1
+    kept = metric == "top1" and row.predictions and row.data == own and single
     held = row.protocol["probe"].get("chosen", {}).get("holdout_top1")
     epochs = [event for event in events if event["event"] == "epoch"]
     busy = sum(sum(event["seconds"].values()) for event in epochs)
@@ -76,7 +85,7 @@ def read_score(job: Job, primary: str, labels: NDArray[np.integer] | None) -> Sc
         metrics=metrics,
         primary=POINTS * metrics[primary],
         holdout=None if held is None else POINTS * held,
-        correct=_correct(job, row, labels) if kept and labels is not None else None,
+        correct=_correct(job, row, val) if kept and val is not None else None,
         diagnostics=epochs[-1]["diagnostics"] if epochs else {},
         protocol=_protocol(row) if job.command == "train" else {"data": row.protocol["data"]},
         hours=busy / 3600,
@@ -92,8 +101,14 @@ def _place(row: Row, own: str) -> str:
     return f"@{place}" if place else ""
 
 
-def _correct(job: Job, row: Row, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
+def _correct(job: Job, row: Row, val: Val) -> NDArray[np.bool_]:
     assert row.predictions is not None
+    data, labels = row.protocol["data"]["val"], val.labels
+    if data["content"] != val.content:
+        raise InputError(
+            f"{job.run.path} was scored on other images than val now has (it was "
+            f"{data.get('file')}): put that back, evaluate the run again, or remove it"
+        )
     path = job.run.path / row.predictions
     try:
         predicted = np.load(path)

@@ -1,5 +1,6 @@
 """The pages of a run, of several runs and of a study, from small folders."""
 
+import fcntl
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from fastproj.core.errors import InputError
 from fastproj.evaluation.results import Evaluation, Row, write_evaluation
+from fastproj.report import Reporter
 from fastproj.reporting.comparison import comparison_page, differing, labels
 from fastproj.reporting.page import Missing, Page, Table
 from fastproj.reporting.read import Setting, read_run
@@ -16,7 +18,7 @@ from fastproj.reporting.study import check, forest, read_study, study_page, swee
 from fastproj.runs.folder import RunFolder
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Plan
-from fastproj.studies.scores import read_score
+from fastproj.studies.scores import Val, read_score
 from tests.support.journals import write_config, write_journal, write_run
 from tests.support.studies import LABELS, fake_run
 
@@ -45,7 +47,7 @@ def pictures() -> Pictures:
     views = Views(images[:3], np.stack([images[:3]] * 2), {"flip": [0.5, 0.5]}, 100)
     features = draw.normal(size=(40, 5)).astype(np.float32)
     return Pictures(views, Embedded(images, features, LABELS, tuple("abcd"), 40, "w"),
-                    (LABELS, tuple("abcd")))  # fmt: skip
+                    (LABELS, tuple("abcd"), "v"))  # fmt: skip
 
 
 def names(page: Page) -> set[str]:
@@ -214,7 +216,7 @@ def study(tmp_path):
     def score(job, right, **more):
         fake_run(job, right, **more)
         write_config(job.run.path)
-        scores[job] = read_score(job, plan.primary, LABELS)
+        scores[job] = read_score(job, plan.primary, Val(LABELS, "v"))
 
     for number, job in enumerate(plan.sweeps()):
         score(job, 20, holdout=0.5 + 0.01 * (job.trial or 0) + 0.001 * number)
@@ -332,6 +334,27 @@ def test_the_paths_are_means_over_seeds(study):
     assert paths.rows[0] == ("default", pytest.approx(0.9), pytest.approx(10.0))
     assert len(paths.rows) == 3
     assert not [p for p in study_page(report, {}).pictures() if p.name.startswith("paths")]
+
+
+def test_a_study_that_goes_on_or_was_stopped_says_so(study, tmp_path):
+    folder = tmp_path / "few"
+    page, over = Reporter([folder]).page()
+    assert over and not page.notes
+    with open(folder / "study.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        page, over = Reporter([folder]).page()
+        assert not over and "The study is going on" in page.notes[0]
+    found = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps({**found, "stopped": True}))
+    page, over = Reporter([folder]).page()
+    assert over and "The study was stopped" in page.notes[0]
+
+
+def test_predictions_of_other_images_make_no_confusion_matrix(tmp_path):
+    write_run(tmp_path / "r")
+    run = evaluated(tmp_path / "r", content="of others")
+    (said,) = [line for line in missing(run_page(run, pictures())) if "confusion" in line]
+    assert "of other images than val now has" in said
 
 
 @pytest.mark.parametrize(

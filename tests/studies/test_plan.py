@@ -90,6 +90,17 @@ def test_a_name_that_a_control_takes_is_refused() -> None:
         with_controls([*ARMS, Arm("no-op", "r")], "default", [])
 
 
+def test_arms_that_are_swept_have_a_control_each() -> None:
+    """The sweep of one may choose another learning rate than that of the other."""
+    tries = {"optim.lr": ("0.1", "0.2")}
+    arms = [Arm("default", "r"), Arm("a", "r", {"superfluous.lambda_a": "1"}, sweep=tries),
+            Arm("b", "r", {"superfluous.lambda_a": "2"}, sweep=tries)]  # fmt: skip
+    found = with_controls(arms, "default", ["a", "b"])[4:]
+    assert [(one.name, one.control) for one in found] == [
+        ("a noise only", "a"), ("b noise only", "b"),
+    ]  # fmt: skip
+
+
 def test_arms_that_differ_in_the_penalty_alone_share_the_control_of_their_noise() -> None:
     def arm(name: str, **settings: str) -> Arm:
         return Arm(name, "r", {f"superfluous.{key}": value for key, value in settings.items()})

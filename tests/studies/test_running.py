@@ -225,6 +225,19 @@ def test_the_memory_of_a_process_is_its_own_and_nothing_after_its_end() -> None:
     assert running.own_memory(2**22 + 1) == 0  # above the kernel's largest id
 
 
+def test_what_may_change_reaches_a_run_that_is_there(tmp_path: Path) -> None:
+    """Betons that moved, another device; nothing that the run learns from."""
+    settings = {"data.val": "v", "train.keep": "1", "optim.lr": "2", "run.device": "cpu"}
+    arms = (Arm("a", "r"), Arm("b", "r"))
+    plan = Plan(tmp_path / "s", "a", "x", arms, {"d": settings}, (0,))
+    job, _ = plan.jobs({("a", "d"): {}, ("b", "d"): {}})
+    path = str(job.run.path)
+    cut = ["train", "--run.resume", path, "--data.val=v", "--train.keep=1", "--run.device=cpu"]
+    assert running.command(job, "cut") == cut
+    assert running.command(job, "trained") == ["evaluate", path, "--data.val=v", "--run.device=cpu"]
+    assert running.command(job, "absent") == ["train", *job.argv()]
+
+
 def test_a_signal_ends_the_runs_and_starts_no_other(
     jobs: list[Job],
     process: type[Process],

@@ -15,7 +15,7 @@ from fastproj.core.errors import InputError
 from fastproj.studies import results, table
 from fastproj.studies.plan import Arm, Check, Job, Plan, with_controls
 from fastproj.studies.running import StudyError
-from fastproj.studies.scores import Score, read_score, same_protocol
+from fastproj.studies.scores import Score, Val, read_score, same_protocol
 from tests.support.studies import LABELS, fake_run
 
 # images of 40 on which the probe is right, per seed
@@ -48,7 +48,7 @@ def write_runs(plan: Plan) -> list[Job]:
 
 
 def read_all(plan: Plan, jobs: list[Job]) -> dict[Job, Score]:
-    return {job: read_score(job, plan.primary, LABELS) for job in jobs}
+    return {job: read_score(job, plan.primary, Val(LABELS, "v")) for job in jobs}
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_other_depths_and_sets_are_metrics_of_their_own(tmp_path: Path) -> None:
     assert first.primary == 50 and first.metrics["logistic.top1"] == 0.5
     for place in ("z", "other", "other/hidden1"):
         assert first.metrics[f"logistic.top1@{place}"] == 0.25
-    deep = read_score(jobs[0], "logistic.top1@z", LABELS)
+    deep = read_score(jobs[0], "logistic.top1@z", Val(LABELS, "v"))
     assert (deep.primary, deep.correct) == (25, None)
     assert deep.hours == pytest.approx((10 + 2 * 20 + 5 * 3) / 3600)
 
@@ -219,7 +219,7 @@ def test_a_metric_that_no_probe_gives_names_those_there_are(tmp_path: Path) -> N
     with pytest.raises(
         StudyError, match=r"'logistic.top2', which no probe gives .* logistic.top1, logistic.top5"
     ):
-        read_score(jobs[0], plan.primary, LABELS)
+        read_score(jobs[0], plan.primary, Val(LABELS, "v"))
 
 
 def test_runs_that_were_scored_otherwise_are_left_out_by_name(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_runs_that_were_scored_otherwise_are_left_out_by_name(tmp_path: Path) ->
     jobs = write_runs(plan)
     fake_run(jobs[1], val="other images")
     fake_run(jobs[2], epochs=9)
-    scores = read_all(plan, jobs)
+    scores = {job: read_score(job, plan.primary, None) for job in jobs}
     lines = same_protocol(scores)
     assert list(lines) == [jobs[1].name, jobs[2].name] and len(scores) == len(jobs) - 2
     assert "(val): evaluate it again" in lines[jobs[1].name]
@@ -255,7 +255,7 @@ def test_a_damaged_run_is_one_line(tmp_path: Path, name: str, text: str | None, 
     if text is not None:
         (job.run.path / name).write_text(text)
     with pytest.raises(InputError, match=words) as caught:
-        read_score(job, plan.primary, LABELS)
+        read_score(job, plan.primary, Val(LABELS, "v"))
     assert "\n" not in str(caught.value)
 
 
@@ -263,7 +263,23 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     job = write_runs(plan)[0]
     with pytest.raises(InputError, match="has 40 predictions for 41 val images"):
-        read_score(job, plan.primary, np.zeros(41, int))
+        read_score(job, plan.primary, Val(np.zeros(41, int), "v"))
+
+    words = "was scored on other images than val now has"
+    with pytest.raises(InputError, match=words) as caught:
+        read_score(job, plan.primary, Val(LABELS, "w"))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_draws_says_nothing_of_single_images(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    job = write_runs(plan)[0]
+    assert read_score(job, plan.primary, Val(LABELS, "v")).correct is not None
+    found = json.loads(job.run.evaluation.read_text())
+    for row in found["rows"]:
+        row["protocol"]["probe"]["draws"] = 5
+    job.run.evaluation.write_text(json.dumps(found))
+    assert read_score(job, plan.primary, Val(LABELS, "v")).correct is None
 
 
 def test_arms_without_a_common_seed_have_no_gain(tmp_path: Path) -> None:
