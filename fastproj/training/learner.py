@@ -35,21 +35,23 @@ class StepOutput(NamedTuple):
 
     terms: dict[str, Tensor]  # "objective" and every penalty: scalars, unweighted
     probe_loss: Tensor  # scalar: the online probe's cross-entropy on the two large crops
-    probe_hits: Tensor  # scalar: its accuracy on them
+    probe_hits: Tensor  # scalar: its accuracy on them, as ``score`` has it
     features: Tensor  # (2, B, d), detached, with noise
     projections: Tensor  # (V, B, o), detached
     teacher: Tensor | None  # (2, B, o)
 
 
-def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy over the labeled samples; label -1 means unlabeled.
+def score(logits: Tensor, labels: Tensor, labeled: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy per labeled sample; label -1 means unlabeled.
 
-    ``logits`` (n, classes) float32, ``labels`` (n,) int64. Both results are 0 if no sample is
+    ``logits`` (n, classes) float32, ``labels`` (n,) int64. The sums are divided by ``labeled`` · n,
+    the number to be expected where this fraction of the set is labeled: so the mean over batches
+    and ranks is that of the set, however few labels each of them has. Both are 0 if no sample is
     labeled (STL-10's unlabeled split), so the probe does not train.
     """
-    labeled = (labels >= 0).sum().clamp(min=1)
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / labeled
-    return loss, (logits.detach().argmax(1) == labels).sum() / labeled
+    count = (labeled or 1) * len(labels)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count
+    return loss, (logits.detach().argmax(1) == labels).sum() / count
 
 
 class Learner(nn.Module):
@@ -69,6 +71,8 @@ class Learner(nn.Module):
     go through the encoder together, and all views through the rest, in fewer calls, as in SwAV's
     code. The two are different methods: their losses and gradients differ.
 
+    ``labeled``: fraction of the training images that have a label, for the probe's loss.
+
     Raises ``InputError`` for an encoder without ``num_features``.
     """
 
@@ -81,8 +85,10 @@ class Learner(nn.Module):
         noise: Noise | None = None,
         penalties: Mapping[str, Penalty] | None = None,
         bn_per_view: bool = False,
+        labeled: float = 1.0,
     ) -> None:
         super().__init__()
+        self.labeled = labeled
         width = num_features(encoder)
         self.encoder, self.projector = encoder, as_projector(projector, width)
         self.objective = as_objective(objective)
@@ -129,7 +135,7 @@ class Learner(nn.Module):
         logits = self.probe(large.flatten(0, 1)).float()
         return StepOutput(
             terms,
-            *score(logits, labels.repeat(len(large))),
+            *score(logits, labels.repeat(len(large)), self.labeled),
             seen.features[:LARGE].detach(),
             seen.projections.detach(),
             teacher,

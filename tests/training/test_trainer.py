@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from fastproj.augment.draw import View
@@ -30,6 +31,7 @@ from fastproj.settings import RUN, Settings, load
 from fastproj.train import train
 from fastproj.training.build import build_diagnostics, build_learner, build_trainer
 from fastproj.training.crops import crop_size, misfit
+from fastproj.training.learner import score
 from fastproj.training.trainer import Trainer
 from tests.support.betons import digit_like, photographs, write
 from tests.support.ranks import on_ranks
@@ -547,6 +549,23 @@ def test_a_step_that_the_scaler_skips_moves_nothing(beton: Beton) -> None:
     after = dict(trainer.learner.named_parameters())
     moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])}
     assert moved >= {"encoder", "projector", "teacher", "probe"}
+
+
+def test_few_labels_give_the_probe_the_sets_loss_and_accuracy() -> None:
+    """Whatever the number of ranks and steps that share them: some have no label at all."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(96, 5, generator=generator)
+    labels = torch.randint(5, (96,), generator=generator)
+    logits[torch.arange(0, 96, 3), labels[::3]] += 9  # a third is right, as is one in five others
+    labels[torch.rand(96, generator=generator) < 0.9] = -1
+    known = labels >= 0
+    share = known.float().mean().item()
+    parts = [score(*part, share) for part in zip(logits.split(4), labels.split(4), strict=True)]
+    loss, hits = (torch.stack(each).mean().item() for each in zip(*parts, strict=True))
+    assert min(len(part[part >= 0]) for part in labels.split(4)) == 0
+    assert loss == pytest.approx(F.cross_entropy(logits[known], labels[known]).item(), rel=1e-5)
+    right = (logits[known].argmax(1) == labels[known]).float().mean().item()
+    assert hits == pytest.approx(right, rel=1e-5) and 0.2 < right < 0.9
 
 
 def test_a_run_goes_on_in_float16(beton: Beton) -> None:
