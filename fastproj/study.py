@@ -20,6 +20,7 @@ import torch
 
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import write_text, writing
+from fastproj.core.table import hyperparameters
 from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.sets import open_sets
@@ -86,6 +87,13 @@ def build_plan(settings: StudySettings) -> Plan:
                 _check_primary(study.primary, one, who, study.command)
             if any(map(_adds_noise, found)) and arm.name not in noisy:
                 noisy.append(arm.name)
+    probe = study.primary.partition(".")[0]
+    swept = trains and any(arm.sweep for arm in arms)
+    if swept and "holdout" not in hyperparameters(PROBES[probe]):
+        raise SettingError(
+            f"sweep: it is chosen on the primary probe's holdout of train, and {probe} has none: "
+            "take logistic.top1 for study.primary, or leave the sweep out"
+        )
     if not study.controls:
         return plan
     return replace(plan, arms=with_controls(plan.arms, plan.baseline, noisy))

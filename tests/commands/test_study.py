@@ -197,6 +197,11 @@ def test_plugins_of_the_study_are_every_runs(root: Path, tmp_path: Path) -> None
     ("argv", "kind", "words"),
     [
         (["--study.primary", "svm.top1"], SettingError, "no probe is called 'svm'"),
+        (
+            ["--study.primary", "knn.top1", "--sweep.optim.lr", "1,2"],
+            SettingError,
+            "holdout of train, and knn has none",
+        ),
         (["--study.primary", "ridge.top1"], SettingError,
          "the arm default on s has the probes logistic, knn: name one of them, or add ridge to"),
         (["--settings.optim.lrr", "1"], SettingError,
