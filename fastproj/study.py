@@ -11,7 +11,9 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     run_as_script("study")
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,15 +87,13 @@ def build_plan(settings: StudySettings) -> Plan:
             for one in found:
                 who = f"the arm {arm.name} on {dataset}"
                 _check_primary(study.primary, one, who, study.command)
+                if arm.sweep and not _holds_out(study.primary, one):
+                    raise SettingError(
+                        f"sweep: it is chosen on the holdout of {study.primary}, which has none in "
+                        f"{who}: take logistic.top1 with several strengths, or leave the sweep out"
+                    )
             if any(map(_adds_noise, found)) and arm.name not in noisy:
                 noisy.append(arm.name)
-    probe = study.primary.partition(".")[0]
-    swept = trains and any(arm.sweep for arm in arms)
-    if swept and "holdout" not in hyperparameters(PROBES[probe]):
-        raise SettingError(
-            f"sweep: it is chosen on the primary probe's holdout of train, and {probe} has none: "
-            "take logistic.top1 for study.primary, or leave the sweep out"
-        )
     if not study.controls:
         return plan
     return replace(plan, arms=with_controls(plan.arms, plan.baseline, noisy))
@@ -119,6 +119,17 @@ def _check_primary(primary: str, settings: Trained, who: str, command: str) -> N
             f"study.primary is {primary!r}, and {who} has the probes "
             f"{', '.join(settings.eval.probes)}: name one of them, or add {probe} to eval.probes"
         )
+
+
+def _holds_out(primary: str, settings: Trained) -> bool:
+    """Whether the probe that decides holds out a part of train: with one choice it does not."""
+    if not isinstance(settings, Settings):
+        return False
+    probe, options = primary.partition(".")[0], settings.eval.options
+    names = hyperparameters(PROBES[probe])
+    lists = [options.get(f"{probe}_{name}") for name in names]
+    choices = math.prod(len(values) for values in lists if isinstance(values, tuple))
+    return "holdout" in names and choices > 1
 
 
 def _read(job: Job) -> Trained:
@@ -186,8 +197,9 @@ def study(settings: StudySettings) -> dict[str, Any]:
             raise InputError(f"{plan.folder}: no run has a result: {reason}")
         report = results.report(plan, ordered, sweeps, runner.log.together(), problems)
         report["stopped"] = bool(runner.signal)
-        print(table.text(report), flush=True)
         _write(plan.folder, report)
+        with suppress(OSError):  # the terminal may have closed, which stopped the study
+            print(table.text(report), flush=True)
     _leave(runner.signal)
     return report
 

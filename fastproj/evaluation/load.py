@@ -60,9 +60,9 @@ class LoadedEncoder:
         module = self.build()
         if all(map(torch.equal, other, module.state_dict().values())):
             raise InputError(
-                f"{self.about['name']} has the same weights whatever the seed: there is no random "
-                "encoder to compare with, so leave out the baselines, or name a function that "
-                "draws its weights"
+                f"{self.about['name']} has the same weights whatever the seed, so there is none at "
+                "random to compare with: leave out eval.baselines or encoder.weights random, or "
+                "name a function that draws its weights"
             )
         weights = f"as initialized from seed {seed}"
         return LoadedEncoder(

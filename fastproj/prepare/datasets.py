@@ -166,9 +166,10 @@ def _label(dataset: Any, position: int, name: str) -> Any:
     try:
         item = dataset[position]
     except Exception as error:  # code of the user's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"data.dataset {name}: item {position} cannot be read ({type(error).__name__}: {error})"
-            ": fix it, or give the labels as the attribute targets"
+            f"data.dataset {name}: item {position} cannot be read ({reason}): fix it, or give the "
+            "labels as the attribute targets"
         ) from error
     return item[1] if isinstance(item, tuple) else -1
 

@@ -196,10 +196,8 @@ class Executor:
     ``check`` is called with each job whose folder is there, ``finished`` with each that is whole,
     and returns a few words. An ``InputError`` of them is that job's, a ``StudyError`` ends the
     study. ``problems``: one line per job that failed, by its name. ``signal``: the number of the
-    signal that ended ``run``, or 0. ``ending``: what becomes of the runs then.
+    signal that ended ``run``, or 0.
     """
-
-    ending = "the runs save where they stand"
 
     def __init__(
         self, folder: Path, check: Callable[[Job], None], finished: Callable[[Job], str]
@@ -216,6 +214,10 @@ class Executor:
         """Run what is not whole; returns when nothing is left, or after a signal."""
         raise NotImplementedError
 
+    def _ends(self, number: int) -> str:
+        """What becomes of the runs after the signal."""
+        return "the runs save where they stand"
+
     @contextmanager
     def _listening(self, total: int) -> Iterator[None]:
         """A bar of ``total`` jobs, and signals that ask for a stop only set ``signal``."""
@@ -230,14 +232,14 @@ class Executor:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == number == signal.SIGINT:  # twice: the user means now
+        if self.signal and number == signal.SIGINT:  # again: the user means now
             raise KeyboardInterrupt
         if self.signal:
             return
         self.signal = number
         write_line(
-            f"{signal.Signals(number).name}: {self.ending}, and the same command goes on; Ctrl-C "
-            "again ends them now"
+            f"{signal.Signals(number).name}: {self._ends(number)}, and the same command goes on; "
+            "Ctrl-C again ends them now"
         )
 
     def _look(self, job: Job, before: State | None = None) -> State | None:

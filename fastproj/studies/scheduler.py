@@ -8,6 +8,7 @@ again, and it goes on.
 import contextlib
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,11 +81,10 @@ class Scheduler(Executor):
     On Slurm all jobs are one array, of which ``processes`` run at once at most (None: any number);
     the other two take jobs as room is. ``parameters`` are submitit's: ``timeout_min``,
     ``gpus_per_node``, ``slurm_partition``. Raises ``InputError`` where submitit refuses them, and
-    where there is no Slurm. ``check`` and ``finished`` are the ``Executor``'s. A signal cancels all
-    jobs: their runs go on from the last checkpoint.
+    where there is no Slurm. ``check`` and ``finished`` are the ``Executor``'s. Ctrl-C and
+    SIGTERM cancel all jobs: their runs go on from the last checkpoint. Slurm's outlive the other
+    signals, such as a closing terminal's, and the next start finds them.
     """
-
-    ending = "the scheduler's jobs are canceled"
 
     def __init__(
         self,
@@ -134,8 +134,16 @@ class Scheduler(Executor):
                         self._end(job, running.pop(job))
                     time.sleep(LOOK if running and self._slurm else POLL)
             finally:
-                for handle in running.values():
-                    handle.cancel(check=False)
+                if self._cancels(self.signal):
+                    for handle in running.values():
+                        handle.cancel(check=False)
+
+    def _ends(self, number: int) -> str:
+        return f"the scheduler's jobs {'are canceled' if self._cancels(number) else 'go on'}"
+
+    def _cancels(self, number: int) -> bool:
+        """Whether the jobs end with this process: Slurm's outlive a terminal that closes."""
+        return not self._slurm or number in (0, signal.SIGINT, signal.SIGTERM)
 
     def _submit(self, jobs: Sequence[Job], running: dict[Job, submitit.Job]) -> None:
         if not jobs:

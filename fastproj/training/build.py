@@ -51,8 +51,7 @@ def build_trainer(
     if len(beton.classes) < 2 and unlabeled < len(beton):
         raise InputError(f"{beton.path} has {len(beton.classes)} class: probing needs at least 2")
     # Without labels the online probe exists all the same, and never trains.
-    labeled = 1 - unlabeled / len(beton)
-    learner = build_learner(settings, max(1, len(beton.classes)), labeled).to(device)
+    learner = build_learner(settings, max(1, len(beton.classes))).to(device)
     if learner.objective.needs_labels and unlabeled:
         raise InputError(
             f"objective {settings.objective.name} needs labels, and {unlabeled} of {len(beton)} "
@@ -88,11 +87,8 @@ def build_trainer(
     )
 
 
-def build_learner(settings: Settings, classes: int, labeled: float = 1.0) -> Learner:
-    """The model that the settings describe, initialized from ``run.seed``.
-
-    ``labeled``: fraction of the training images that have a label.
-    """
+def build_learner(settings: Settings, classes: int) -> Learner:
+    """The model that the settings describe, initialized from ``run.seed``."""
     torch.manual_seed(settings.run.seed)
     encoder = build_run_encoder(settings)
     head, noise = settings.projector, settings.superfluous
@@ -119,7 +115,6 @@ def build_learner(settings: Settings, classes: int, labeled: float = 1.0) -> Lea
         None if noise.noise == "none" else Noise(num_features(encoder), noise.noise, noise.sigma),
         build_penalties(settings, projector),
         settings.model.bn_per_view,
-        labeled,
     )
 
 

@@ -71,8 +71,6 @@ class Learner(nn.Module):
     go through the encoder together, and all views through the rest, in fewer calls, as in SwAV's
     code. The two are different methods: their losses and gradients differ.
 
-    ``labeled``: fraction of the training images that have a label, for the probe's loss.
-
     Raises ``InputError`` for an encoder without ``num_features``.
     """
 
@@ -85,10 +83,9 @@ class Learner(nn.Module):
         noise: Noise | None = None,
         penalties: Mapping[str, Penalty] | None = None,
         bn_per_view: bool = False,
-        labeled: float = 1.0,
     ) -> None:
         super().__init__()
-        self.labeled = labeled
+        self.labeled = 1.0  # fraction of the training images; a trainer knows them
         width = num_features(encoder)
         self.encoder, self.projector = encoder, as_projector(projector, width)
         self.objective = as_objective(objective)

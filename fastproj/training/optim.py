@@ -160,11 +160,20 @@ def sgd(groups: list[Group], lr: float, *, momentum: float = 0.9) -> torch.optim
     """torch's SGD with momentum over ``groups``."""
     optimizer = torch.optim.SGD(groups, lr, momentum=momentum, fused=_fused(groups))
     if optimizer.defaults["fused"] and momentum:
-        # Else a first step that GradScaler skips leaves what the memory held in them (torch 2.15).
-        for group in groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer.register_step_pre_hook(_start_momentum)
     return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Zeros, laid out as the gradients; torch 2.15 begins with what the memory held.
+
+    It shows where GradScaler skips the first step, which would have overwritten that.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
 
 
 def adamw(groups: list[Group], lr: float) -> torch.optim.AdamW:

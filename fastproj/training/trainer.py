@@ -80,6 +80,7 @@ class Trainer:
     ) -> None:
         self.learner, self.loader, self.optimizer = learner, loader, optimizer
         self.device = loader.device
+        learner.labeled = float((loader.beton.label >= 0).mean())
         self.epochs, self.warmup_epochs, self.warmup_lr = epochs, warmup_epochs, warmup_lr
         self.proximal = proximal
         self.penalty_weights = dict(penalty_weights or {})

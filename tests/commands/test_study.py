@@ -200,7 +200,12 @@ def test_plugins_of_the_study_are_every_runs(root: Path, tmp_path: Path) -> None
         (
             ["--study.primary", "knn.top1", "--sweep.optim.lr", "1,2"],
             SettingError,
-            "holdout of train, and knn has none",
+            "holdout of knn.top1, which has none in the arm",
+        ),
+        (
+            ["--settings.eval.logistic_strengths", "0.01", "--sweep.optim.lr", "1,2"],
+            SettingError,
+            "holdout of logistic.top1, which has none in the arm",
         ),
         (["--study.primary", "ridge.top1"], SettingError,
          "the arm default on s has the probes logistic, knn: name one of them, or add ridge to"),

@@ -194,11 +194,14 @@ def test_a_terminal_that_closes_loses_nothing(beton: Beton, tmp_path: Path) -> N
     )  # fmt: skip
     os.close(theirs)
     metrics = tmp_path / "r" / "metrics.jsonl"
-    while not metrics.exists() or b'"step": 3,' not in metrics.read_bytes():
-        assert process.poll() is None
-        os.read(ours, 10_000)
-    os.close(ours)
-    assert process.wait(60) == 128 + signal.SIGHUP
+    try:
+        while not metrics.exists() or b'"step": 3,' not in metrics.read_bytes():
+            assert process.poll() is None
+            os.read(ours, 10_000)
+        os.close(ours)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
     last = journal.read(metrics)[-1]
     assert last["event"] == "checkpoint" and last["step"] >= 3
 

@@ -63,6 +63,7 @@ def test_a_signal_in_a_long_operation_is_a_first_one(
 
 def test_a_second_signal_in_a_long_operation_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "SAME", 0.2)
+    monkeypatch.setattr(interruption, "GRACE", 300.0)
     with pytest.raises(SystemExit) as end, Interruption():
         long_operation([(0.1, signal.SIGTERM), (0.4, signal.SIGTERM)])
         time.sleep(1)

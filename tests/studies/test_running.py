@@ -281,13 +281,15 @@ def test_runs_are_told_once_to_end(
     assert runner.signal == number and len(told) == 1 and not runner.problems
 
 
-def test_a_second_ctrl_c_ends_the_runs_now(
-    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_ctrl_c_after_another_signal_ends_the_runs_now(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    first: signal.Signals,
+) -> None:  # fmt: skip
     def poll(self: Process) -> int | None:
         self.looked += 1
         if self.looked <= 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), first if self.looked == 1 else signal.SIGINT)
         return self.returncode
 
     killed: list[Process] = []

@@ -177,12 +177,17 @@ def test_on_slurm_the_jobs_are_one_array_and_a_second_start_waits_for_them(
 
     # A second start finds both jobs in the queue: it submits none, and cancels them when stopped.
     monkeypatch.setattr(scheduler.submitit.SlurmJob, "done", lambda self: False)
-    monkeypatch.setattr(
-        scheduler.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
-    )
-    again = Scheduler(tmp_path / "s", 2, "slurm", parameters)
-    again.run(jobs)
-    assert again.signal == signal.SIGTERM and (slurm / "script").read_text() == script
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        monkeypatch.setattr(
+            scheduler.time, "sleep", lambda seconds, number=number: os.kill(os.getpid(), number)
+        )
+        again = Scheduler(tmp_path / "s", 2, "slurm", parameters)
+        again.run(jobs)
+        assert again.signal == number
+        assert (slurm / "cancelled").exists() == (number == signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, before)
+    assert (slurm / "script").read_text() == script
     assert sorted((slurm / "cancelled").read_text().split("70_")) == ["", "0", "1"]
 
 

@@ -129,11 +129,28 @@ def test_fused_sgd_has_momentum_from_the_start(monkeypatch):
     plain = build_optimizer("sgd", parameter_groups([nn.ParameterList(theirs)], 1e-3), 0.1)
     monkeypatch.setattr(optim, "_fused", lambda groups: True)  # torch has it on a CPU as well
     fused = build_optimizer("sgd", parameter_groups([nn.ParameterList(ours)], 1e-3), 0.1)
-    assert all(not fused.state[p]["momentum_buffer"].any() for p in ours)
-    assert len(fused.state) == len(ours)
+
+    def fill(step):
+        for params in (ours, theirs):
+            fill_grads(params, [], step)
+            for p in params:
+                if p.ndim == 4:  # as the trainer does, after the optimizer was made
+                    p.data = p.data.contiguous(memory_format=torch.channels_last)
+                    p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))  # makes its state, as the first loss does
+    fill(0)
+    before = [p.detach().clone() for p in ours]
+    ours[0].grad.fill_(torch.inf)
+    scaler.step(fused)
+    assert all(map(torch.equal, before, ours))
+    for p in ours:
+        if p.grad is not None:
+            kept = fused.state[p]["momentum_buffer"]
+            assert not kept.any() and kept.stride() == p.stride()
     for step in range(3):
-        fill_grads(ours, [], step)
-        fill_grads(theirs, [], step)
+        fill(step)
         fused.step()
         plain.step()
     torch.testing.assert_close(ours, theirs)
