@@ -18,7 +18,9 @@
 #define SLACK (2 * LANES)
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(PLAIN)
+/* Older compilers do not dispatch by the names of processors' levels. */
+#if defined(__x86_64__) && defined(__linux__) && !defined(PLAIN) && \
+    (__GNUC__ >= 12 || __clang_major__ >= 18)
 #define FOR_EACH_PROCESSOR \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -85,8 +85,9 @@ def _say(path: Path, manifest: Manifest, gray: int, seconds: float) -> None:
     print(
         f"{path}: {manifest.samples:,} images"
         + (f", {gray:,} gray ones stored as RGB" if gray else "")
-        + f"{skipped}, {len(manifest.classes)} classes, {manifest.file_bytes:,} bytes "
-        f"in {seconds:.1f} s ({manifest.samples / seconds:,.0f} images/s)",
+        + f"{skipped}, {len(manifest.classes)} classes, {manifest.store}, "
+        f"{manifest.file_bytes:,} bytes in {seconds:.1f} s "
+        f"({manifest.samples / seconds:,.0f} images/s)",
         flush=True,
     )
 
@@ -142,11 +143,22 @@ def _write(settings: PrepareSettings, command: str) -> int:
     return 0
 
 
+def _alone(settings: PrepareSettings, name: str, read: Sequence[str]) -> None:
+    """``SettingError`` for what is given beside ``name`` although only ``read`` is read with it."""
+    given = [key for key, source in settings.sources().items() if source != "default"]
+    if name in given:
+        for other in given:
+            if other not in (name, *read):
+                raise SettingError(f"{name} does not read {other}: leave it out")
+
+
 def main(argv: Sequence[str]) -> int:
     """Write every requested split, or verify or adopt one file; see the module's docstring."""
     settings = load(PREPARE, argv, "fastproj prepare", "Turn raw images into betons.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up, then exit
     try:
+        _alone(settings, "data.verify", ())
+        _alone(settings, "data.adopt", ("data.fields", "data.classes"))
         if settings.data.verify:
             return _verify(settings.data.verify)
         command = shlex.join(["fastproj", "prepare", *argv])

@@ -8,7 +8,7 @@ from typing import Any
 from fastproj.core.errors import SettingError
 from fastproj.core.table import nearest
 from fastproj.settings.checkers import Choice, Keys, OrNull, Value
-from fastproj.settings.schema import Declared, Given, Needs, Schema, undeclared
+from fastproj.settings.schema import Declared, Given, Needs, Schema, undeclared, written
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def choose(schema: Schema, given: Sequence[Given]) -> Chosen:
             named[section][short] = own
             if name not in last:
                 values[name] = parameter.default
+                check(own, written(name, parameter.default))
             elif name not in schema.params:
                 values[name] = check(own, last[name])
 

@@ -17,7 +17,10 @@ from fastproj.settings.schema import Loaded, Needs, Schema, setting
 
 _count = Int(low=1)
 
-SMALL = ("cifar10", "cifar100", "stl10", "digits")  # stored raw by default
+SMALL = (  # stored raw by default
+    *("cifar10", "cifar100", "stl10", "digits", "transfer:mnist", "transfer:fashion_mnist"),
+    *(f"torchvision:{name}" for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN")),
+)
 
 
 def stored(kind: str, dataset: str | None) -> str:

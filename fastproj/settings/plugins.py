@@ -44,13 +44,15 @@ def load_plugin(given: str, folder: str, where: str) -> str:
 
 
 def _origin(module: str, where: str) -> str:
+    why = ""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
+    except Exception as error:  # it imports the package around a module: code of the user's
+        spec, why = None, f" ({type(error).__name__}: {' '.join(str(error).split())})"
     if spec is None or spec.origin is None or not spec.has_location:
         raise InputError(
-            f"{where}: plugin {module!r} is neither a file (*.py) nor a module that can be imported"
+            f"{where}: plugin {module!r} is neither a file (*.py) nor a module that can be "
+            f"imported{why}"
         )
     return spec.origin
 

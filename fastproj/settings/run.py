@@ -199,7 +199,14 @@ class SparseHead:
         needs=_sparse,
     )
     scale_free: bool = setting(
-        Bool(), "norm over norm, which no scaling of the weights changes", True, needs=_sparse
+        Bool(),
+        "norm over norm, which no scaling of the weights changes",
+        True,
+        needs=Needs(
+            "sparsehead.weight is above 0 and sparsehead.proximal false",
+            ("sparsehead.weight", "sparsehead.proximal"),
+            lambda weight, proximal: any(weight) and not proximal,
+        ),
     )
     proximal: bool = setting(
         Bool(),

@@ -114,6 +114,14 @@ def as_yaml(value: Value) -> str:
     return text.splitlines()[0]
 
 
+def written(name: str, default: Value) -> Given:
+    """A signature's default as ``config.yaml`` will have it, to be checked before anything runs."""
+    text: str | list[str] | None = default if isinstance(default, str) else as_yaml(default)
+    if isinstance(default, tuple):
+        text = [one if isinstance(one, str) else as_yaml(one) for one in default]
+    return Given(name, None if default is None else text, "default", "the default in a signature")
+
+
 S = TypeVar("S", bound=Loaded)
 
 

@@ -1,9 +1,9 @@
 """What the command study reads: the section ``study``, and the blocks that name sets and arms."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import yaml
 from fastargs.validation import Checker
 
 from fastproj.core.errors import SettingError
@@ -169,7 +169,7 @@ def _read_part(
 
 
 def _parameter(name: str, item: Given) -> dict[str, Any]:
-    """One of submitit's parameters, as the YAML value that it is: submitit checks names and types.
+    """One of submitit's parameters: submitit checks names and types.
 
     Raises ``SettingError`` for a list in it and for a name inside a name.
     """
@@ -177,11 +177,16 @@ def _parameter(name: str, item: Given) -> dict[str, Any]:
         raise SettingError(
             f"{item.where}: write submitit's parameters below submitit: timeout_min: 240"
         )
-    try:
-        value = None if item.text is None else yaml.safe_load(item.text)
-    except yaml.YAMLError:
-        value = item.text
-    return {name: value}
+    return {name: _value(item.text)}
+
+
+def _value(text: str | None) -> Any:
+    """A truth, a decimal number, or text: YAML 1.1 would make 43,200 of a time of 12:00:00."""
+    if text in ("true", "false"):
+        return text == "true"
+    if text is not None and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", text):
+        return float(text) if "." in text else int(text)
+    return text
 
 
 def _setting(name: str, item: Given, schema: Schema[Any]) -> dict[str, str]:

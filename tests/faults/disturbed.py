@@ -190,6 +190,9 @@ def train_long(seed: int, folder: Path) -> str:
                 seen.append((epochs, *fields))
         time.sleep(0.005)
     process.join()
+    if process.exitcode or not seen or seen[-1][0] < EPOCHS - 1:
+        last = seen[-1][0] if seen else 0
+        return f"the run: exit code {process.exitcode} after {last} of {EPOCHS} epochs"
     epochs, memory, files, threads = np.array(seen).T
     growth = np.polyfit(epochs, memory, 1)[0]
     middle = len(seen) // 2

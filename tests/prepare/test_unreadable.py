@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastproj.core.errors import InputError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.data.beton import open_beton
 from fastproj.prepare.command import main
 from fastproj.prepare.sources import open_sources
@@ -76,6 +76,19 @@ def test_a_function_of_the_users_that_fails_is_named(
         with pytest.raises(InputError, match=f"{words}.*KeyError: 'the share is gone'") as why:
             main(given(f"failing_sets:{name}", tmp_path, tmp_path / "out"))
         assert "\n" not in str(why.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--verify a.beton --adopt b.ffcv", "data.verify does not read data.adopt"),
+        ("--adopt b.ffcv --shards 8", "data.adopt does not read data.shards"),
+        ("--adopt b.ffcv --labels false", "data.adopt does not read data.labels"),
+    ],
+)
+def test_what_another_task_would_not_read_is_refused(arguments: str, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        main(arguments.split())
 
 
 @pytest.mark.parametrize("name", ["set.csv", "classes.txt"])

@@ -88,3 +88,13 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, words: str) -> Non
     with pytest.raises(InputError, match=words) as caught:
         read(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("12:00:00", "12:00:00"), ("0123", "0123"), ("on", "on"), ("true", True), ("60", 60),
+     ("-1", -1), ("0.5", 0.5), ("2026-02-30", "2026-02-30")],
+)  # fmt: skip
+def test_submitits_parameters_are_what_they_look_like(tmp_path: Path, text: str, value) -> None:
+    """Not what YAML 1.1 makes of them: a time of base 60, an octal number, a truth."""
+    assert read(tmp_path, f"submitit: {{slurm_x: {text}}}").submitit == {"slurm_x": value}

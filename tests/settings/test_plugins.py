@@ -62,6 +62,32 @@ def test_a_new_hyperparameter_needs_no_declaration(tmp_path):
     assert "margin" not in read("--cfg", str(recipe), "--objective.name=simclr").objective.options
 
 
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        ("clip: float = math.inf", "objective.clip must be a number.*, not '.inf'"),
+        ("tag: str = ''", "objective.tag must be"),
+        ("weights: tuple = ()", "objective.weights must be numbers"),
+        ("temperature: float | None = None", "objective.temperature must be .*, not null"),
+    ],
+)
+def test_a_default_that_no_file_could_give_is_refused_at_once(tmp_path, parameter, words):
+    """A run's config.yaml holds it: read again it would be refused."""
+    text = HINGE.replace("margin: float = 0.5", f"margin: float = 0.5, {parameter}")
+    plugin = write(tmp_path, "mine.py", "import math\n" + text)
+    with pytest.raises(SettingError, match=f"the default in a signature: {words}"):
+        read("--plugins", str(plugin), "--objective.name", "hinge")
+
+
+def test_a_package_around_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch):
+    write(tmp_path / "failing_package", "__init__.py", "nonsense\n")
+    write(tmp_path / "failing_package", "losses.py", HINGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match="can be imported .NameError: name 'nonsense'") as why:
+        read("--plugins", "failing_package.losses")
+    assert "\n" not in str(why.value)
+
+
 def test_a_module_is_a_plugin_too(tmp_path, monkeypatch):
     write(tmp_path, "my_own_heads.py", HINGE.replace('"hinge"', '"hinge2"'))
     monkeypatch.syspath_prepend(tmp_path)
