@@ -396,12 +396,14 @@ def test_compiled_and_graphed_steps_on_a_gpu_equal_eager_ones(
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_on_a_gpu_waits_for_nothing(beton: Beton, name: str, precision: torch.dtype) -> None:
-    """Data, views, forward, backward, update: once warm, none makes the host wait."""
+def test_a_step_on_a_gpu_waits_for_nothing(beton: Beton, name: str) -> None:
+    """Data, views, forward, backward, update: once warm, none makes the host wait.
+
+    With float16 it waits for the scaler, which says whether the step was taken.
+    """
     trainer, batches = on_gpu(
-        beton, objective=name, precision=precision, noise="learned", proximal=True,
+        beton, objective=name, precision=torch.bfloat16, noise="learned", proximal=True,
         penalties={"superfluous_a": (0.1,), "matrix_information": (0, 0.1), "sparsehead": (0.1,)},
         head={"dropout": 0.2, "levels": 4}, view=View(blur_prob=0), optimizer="lars",
     )  # fmt: skip

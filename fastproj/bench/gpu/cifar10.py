@@ -28,11 +28,11 @@ ACCURACY_SEEDS, ACCURACY_EPOCHS = 5, 100  # seeds at most: those that fit
 
 
 def items(sets: Sets, record: Record, folder: Path) -> dict[str, Item]:
-    """What explains the most comes first: a part that is cut has it."""
+    """What explains the most comes first: a part that is cut has it. No name has a comma."""
     found: dict[str, Item] = {"ceilings": partial(at_best, sets)}
     batches = (4,) if sets.tiny else (256, 1024, 512)
     for batch in batches:
-        found[f"steps, batch {batch}"] = partial(steps, sets, batch)
+        found[f"steps batch {batch}"] = partial(steps, sets, batch)
     found["parts of a step"] = partial(parts, sets, batches[0])
     found["profile"] = partial(slowest, sets, batches[0])
     ways = ("true",) if sets.device.type == "cpu" else ("true", "graphs")
@@ -40,7 +40,7 @@ def items(sets: Sets, record: Record, folder: Path) -> dict[str, Item]:
         for way in ways:
             for saving in (True, False):
                 name = run_name(batch, way, saving)
-                found[name] = partial(epochs, sets, folder, batch, way, saving)
+                found[name.replace(",", "")] = partial(epochs, sets, folder, batch, way, saving)
     found["accuracy"] = partial(accuracy, sets, record, folder)
     return found
 

@@ -61,7 +61,8 @@ def tests(marked: str, record: Record, tiny: bool) -> Iterator[Check | dict[str,
              if "pytest.mark.gpu" in path.read_text("utf-8")]  # fmt: skip
     if tiny:
         files = [path for path in files if path.endswith("test_crop.py")]
-    command = [sys.executable, "-m", "pytest", "-v", "-m", marked, "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marked, "-p", "no:cacheprovider",
+               "--continue-on-collection-errors", *files]  # fmt: skip
     with subprocess.Popen(
         command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "4"},
@@ -216,7 +217,7 @@ def compiled(sets: Sets) -> Iterator[Check]:
 def resumed(sets: Sets, folder: Path) -> Iterator[Check]:
     """A run that is stopped in its second epoch and goes on, beside one that is not stopped.
 
-    The first ends with what another whole run ends with, up to what two whole runs differ by.
+    The first ends with what a whole run ends with, up to 2 % or twice what two of those differ by.
     """
     given = options(sets, "cifar10", batch=16 if sets.tiny else 256, epochs=2)
     given["train.log_every"] = 1
@@ -234,8 +235,9 @@ def resumed(sets: Sets, folder: Path) -> Iterator[Check]:
     ]
     last = [_losses(run)[-1] for run in (whole, again, stopped)]
     runs, apart = (abs(loss - last[0]) / abs(last[0]) for loss in last[1:])
+    near = apart <= max(0.02, 2 * runs)
     yield Check(
-        "a resumed run ends as a whole one", bits[1] or (not bits[0] and apart < 0.02),
+        "a resumed run ends as a whole one", bits[1] or (not bits[0] and near),
         f"weights equal to the bit: {bits[1]} (two whole runs: {bits[0]}); last losses differ by "
         f"{apart:.1e} (two whole runs: {runs:.1e})",
     )  # fmt: skip

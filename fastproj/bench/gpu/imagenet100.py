@@ -49,7 +49,7 @@ def items(sets: Sets, record: Record, folder: Path) -> dict[str, Item]:
     found: dict[str, Item] = {}
     for batch in batches:
         for engine in ("stream", "resident", ON_GPU):
-            found[f"steps, {engine}, batch {batch}"] = partial(steps, sets, engine, batch)
+            found[f"steps {engine} batch {batch}"] = partial(steps, sets, engine, batch)
     found |= {
         "parts of a step": partial(parts, sets, batches[0]),
         "decoding": partial(decoding, sets),
@@ -162,6 +162,7 @@ def crops(sets: Sets, batches: tuple[int, ...]) -> Iterator[Figure]:
             boxes = torch.tensor([height // 8, width // 8, height // 2, width // 2])
             boxes = boxes.expand(2, batch, 4).contiguous().to(sets.device)
             for way in ("eager", "compiled") if sets.device.type == "cuda" else ("eager",):
+                torch.compiler.reset()  # other sizes before would make this one's code dynamic
                 crop = compiled_crop_batch() if way == "compiled" else crop_batch
                 call: Callable[[], object] = partial(crop, images, boxes, sets.size)
                 with peak_memory(sets.device) as peak:
