@@ -268,7 +268,10 @@ def test_the_supervised_reference_is_its_base_without_a_projector(data: str) -> 
     assert (settings.objective.name, settings.objective.options) == ("supervised", {})
     assert settings.projector.kind == "none"
     changed = {key for key, value in settings.flat().items() if value != base.flat()[key]}
-    assert changed == {"run.name", "objective.name", "projector.kind"}
+    # Nothing is chosen on labels that the encoder has seen.
+    assert changed == {*("run.name", "objective.name", "projector.kind", "eval.logistic_strengths")}
+    for seen in (settings, read(f"{data}_supcon")):
+        assert len(seen.eval.options["logistic_strengths"]) == 1
 
 
 @pytest.mark.parametrize("data", ["cifar10", "stl10"])

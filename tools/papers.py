@@ -55,14 +55,14 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (ICLR, "widths; linear, narrow and dropout heads (reviewers' requests)", ("iclr2025_width",),
      ""),
     (ICLR, "combinations of the three heads (reviewers' request)", ("iclr2025_combined",), ""),
-    (ICLR, "curves of I₂ and of the two surrogate bounds over the training", (),
+    (ICLR, "curves of I₂ and the authors' two bound curves over the training", (),
      "every run: `diagnostics` in `metrics.jsonl`"),
     (SPARSE, "accuracy with and without the penalty, over its weight, for four methods",
      ("sparsehead_simclr", "sparsehead_barlow", "sparsehead_byol", "sparsehead_simsiam"),
      "our penalty after the paper's idea"),
     (SPARSE, "spectra of features and projections", (),
      "the same runs: `diagnostics` in `study.json`"),
-    (SUPER, "accuracy over λ_a × λ_b, source and transfer", ("superinfo_lambda",),
+    (SUPER, "accuracy over λ_a and λ_b, source and transfer", ("superinfo_lambda",),
      "learned deviation; source CIFAR-10, transfer STL-10"),
     (SUPER, "accuracy against epochs, source and transfer", ("superinfo_epochs",), ""),
     (SUPER, "detection on PASCAL VOC", ("transfer_voc",),
@@ -79,7 +79,7 @@ MISSING = """\
 - The absolute accuracies, numbers of seeds and error bars of the ICLR paper: not published where we
   could read. Our tables compare gains.
 - SparseHead's formula, and every figure of SparseHead and SuperInfo: not accessible to us.
-- SuperInfo's instance segmentation on COCO and its ResNet-50 on ImageNet: no study; `fastproj
+- SuperInfo's detection and instance segmentation on COCO and its ResNet-50 on ImageNet: no study; `fastproj
   transfer` has MoCo's protocols (`rcfg/transfer/`), which a study runs as `transfer_voc` does.
 - SuperInfo's other transfer sets: write each as a folder of betons (`--data.dataset folder`) and
   add it to `eval.sets`.

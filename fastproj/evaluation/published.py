@@ -3,7 +3,8 @@
 The authors' and solo-learn's code crop (area 0.08 to 1, bilinear) and flip the training images in
 each epoch, train one linear layer on the encoder's raw features in eval mode, multiply the
 configured learning rate by batch size / 256, and score center crops of val. They print val's
-accuracy after each epoch; here it is computed once, after the last one. Open ``train`` with the
+accuracy after each epoch; here it is computed once, after the last one. The authors' code trains
+the encoder as well, except for Barlow Twins on CIFAR; here it is frozen. Open ``train`` with the
 batch size of ``BATCH_SIZES``.
 
 Sources: PKU-ML/Projector_Theory (commit 5c2e7d1), ``scripts/linear``, ``methods/linear.py`` and

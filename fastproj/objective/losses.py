@@ -264,7 +264,8 @@ def barlow_twins(
     [Zbontar et al. 2021, arXiv 2103.03230, equations 1 and 2; scale as in the authors' and
     solo-learn's code]. Every rank returns the global loss. It all-reduces (2, d) twice and
     (d, d) once. The all-reduce in the authors' and solo-learn's code has no gradient: on W ranks
-    theirs is 1/W of the loss's, which changes nothing with LARS but does with other optimizers.
+    theirs is 1/W of the loss's, which LARS undoes for matrices, but for the share of the decay, and
+    not for biases and norms; other optimizers do not undo it.
     """
     _need(_rows_alike(z1, z2), "barlow_twins needs two views (B, d) alike", z1, z2)
     n = _global_batch("barlow_twins", z1)
