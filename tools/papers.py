@@ -79,8 +79,9 @@ MISSING = """\
 - The absolute accuracies, numbers of seeds and error bars of the ICLR paper: not published where we
   could read. Our tables compare gains.
 - SparseHead's formula, and every figure of SparseHead and SuperInfo: not accessible to us.
-- SuperInfo's detection and instance segmentation on COCO and its ResNet-50 on ImageNet: no study; `fastproj
-  transfer` has MoCo's protocols (`rcfg/transfer/`), which a study runs as `transfer_voc` does.
+- SuperInfo's detection and instance segmentation on COCO and its ResNet-50 on ImageNet: no study;
+  `fastproj transfer` has MoCo's protocols (`rcfg/transfer/`), which a study runs as `transfer_voc`
+  does.
 - SuperInfo's other transfer sets: write each as a folder of betons (`--data.dataset folder`) and
   add it to `eval.sets`.
 - The variational bound that reviewers of the ICLR paper asked for: not built. Non-linear probes

@@ -2,32 +2,37 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from fastproj.augment.draw import PRESETS
 from fastproj.augment.views import Augmentation
 from fastproj.bench import Engine, Plan, Row, compare, limits, peers
-from fastproj.bench.images import several_times
+from fastproj.bench.images import are_jpegs, several_times
 from fastproj.data.beton import Beton
+from fastproj.data.subset import subset
 from fastproj.loaders import Crop, open_loader
 
 SIMCLR = PRESETS["simclr"]
 
 
 def run(
-    plan: Plan, images: int = 1500, few: int = 200, size: int = 224, batch: int = 64
+    plan: Plan, images: int = 1500, rounds: int = 3, size: int = 224, batch: int = 64
 ) -> list[Row]:
     """The preset ``simclr``, including blur, at ``size`` pixels.
 
-    Our engine and the limit process ``images`` images per call, the slow peers only ``few``.
+    Our engine and the limit process ``images`` images per call, the slow peers only ``rounds``
+    batches per worker, as many for each.
     """
-    if plan.photos is None:
+    if plan.photos is None or not are_jpegs(plan.photos):
         return []
-    many, some = several_times(plan.photos, images), several_times(plan.photos, few)
+    few = rounds * plan.workers * batch
+    many = several_times(plan.photos, images)
+    some = subset(several_times(plan.photos, few), np.arange(few))
     decoded, pillow = peers.torchvision_decode, peers.pillow
-    workers = plan.workers
+    workers, read = plan.workers, len(many) // batch * batch
     engines = [
-        Engine("stream + views", "ours", len(many), lambda: _ours(plan, many, size, batch)),
+        Engine("stream + views", "ours", read, lambda: _ours(plan, many, size, batch)),
         Engine("torch DataLoader + torchvision v2, tensors", "peer", len(some),
                lambda: peers.data_loader(some, peers.torchvision_views(SIMCLR[0], size), decoded,
                                          batch, workers)),

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from fastproj.bench import Engine, Plan, Row, compare, limits
-from fastproj.bench.images import several_times
+from fastproj.bench.images import are_jpegs, several_times
 from fastproj.data.beton import Beton
 from fastproj.loaders import Crop
 from fastproj.loaders.boxes import draw
@@ -21,7 +21,7 @@ def run(plan: Plan, images: int = 3000, size: int = 224, batch: int = 64) -> lis
 
     Every batch has its own memory, padded to its largest image.
     """
-    if plan.photos is None:
+    if plan.photos is None or not are_jpegs(plan.photos):
         return []
     epoch = several_times(plan.photos, images)
     engines = [

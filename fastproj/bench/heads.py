@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastproj.bench import Engine, Plan, Role, Row, compare, limits, timed
 from fastproj.bench.alone import alone, memory
+from fastproj.core.device import prepare_device
 from fastproj.models.sparse import Sparse
 from fastproj.training.optim import Lars, parameter_groups
 
@@ -68,6 +69,7 @@ def measured(
     name: str, rows: int, sizes: Sequence[int], device: str, repeats: int
 ) -> dict[str, Any]:
     """Run 1 + ``repeats`` steps in this process: ``seconds`` of each, ``peak_bytes``, ``work``."""
+    prepare_device(torch.device(device), tf32=True)
     stepper(name, 4, (8, 64, 8, 2), torch.device(device))()  # loads libraries, compiles kernels
     before = memory("VmRSS")
     step = stepper(name, rows, sizes, torch.device(device))

@@ -1,4 +1,4 @@
-"""Limits: the part of a stage's work that no engine can avoid, and nothing else."""
+"""Limits: the bare work at the center of a stage, and nothing around it."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -5,7 +5,6 @@ Each reads two random resized crops per image. One call goes through all given i
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torchvision.transforms import v2 as tv
 
 from fastproj.augment.draw import View
 from fastproj.bench.images import drain
+from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 
 Call = Callable[[], object]
@@ -25,21 +25,31 @@ TAPS = 13  # of a Gaussian blur, for torchvision and kornia; ours has as many
 
 
 def ffcv(beton: Beton, size: int, batch: int, workers: int) -> Call:
-    """FFCV's loader and crop. It gives one view only, so it goes through the set once per view."""
-    batches = ffcv_loader(beton, size, batch, workers)
-    return lambda: drain(chain(batches, batches))
+    """FFCV's loader and crop. Both views are of one epoch; it decodes once per view."""
+    batches = ffcv_loader(beton, size, batch, workers, views=2)
+    return lambda: drain(batches)
 
 
-def ffcv_loader(beton: Beton, size: int, batch: int, workers: int) -> Iterable[object]:
-    """FFCV as its examples use it; its batches are not copied, so the next one overwrites them."""
+def ffcv_loader(
+    beton: Beton, size: int, batch: int, workers: int, views: int = 1
+) -> Iterable[object]:
+    """FFCV as its users do; its batches are not copied, so the next one overwrites them."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
 
-    fields = {"image": [RandomResizedCropRGBImageDecoder((size, size))]}
+    try:
+        path = str(beton.only_file)
+    except InputError as error:  # a set of several files
+        raise ImportError(str(error)) from None
+    fields: dict[str, Any] = {"image": [RandomResizedCropRGBImageDecoder((size, size))]}
+    for number in range(1, views):
+        decoder = RandomResizedCropRGBImageDecoder((size, size))
+        fields[f"image_{number}"] = PipelineSpec("image", decoder, [])
     unread = {name: None for name in ("index", "width", "height")}
     square = beton.manifest.store == "square"
     return Loader(
-        str(beton.only_file),
+        path,
         batch_size=batch,
         num_workers=workers,
         order=OrderOption.RANDOM,
@@ -176,11 +186,11 @@ def torchvision_views(view: View, size: int | None = None) -> tv.Compose:
         [
             *crop,
             tv.ToImage(),
-            tv.ToDtype(torch.float32, scale=True),
             tv.RandomHorizontalFlip(view.flip_prob),
             tv.RandomApply([jitter], view.jitter_prob),
             tv.RandomGrayscale(view.gray_prob),
             tv.RandomApply([tv.GaussianBlur(TAPS, view.sigma)], view.blur_prob),
+            tv.ToDtype(torch.float32, scale=True),
             tv.Normalize(MEAN, STD),
         ]
     )

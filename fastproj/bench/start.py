@@ -27,7 +27,7 @@ def run(plan: Plan, size: int = 224, batch: int = 64, repeats: int = 3) -> list[
     """The unit is one start. One process per engine runs first, unmeasured, to warm the caches.
 
     Rates exclude Python's start and the imports; the notes give these. FFCV is timed to the first
-    batch of one view; it would need as long again for the second view.
+    batch of one view.
     """
     if plan.photos is None:
         return []

@@ -12,6 +12,7 @@ import torch
 from fastproj.augment.draw import PRESETS
 from fastproj.augment.views import Augmentation
 from fastproj.bench import Engine, Plan, Row, compare
+from fastproj.bench.images import several_times
 from fastproj.data.beton import Beton
 from fastproj.loaders import Crop, Loader, open_loader
 from fastproj.loaders.resident import is_uniform
@@ -39,6 +40,8 @@ def run(
     if beton is None:
         return []
     count = steps or STEPS[plan.device.type]
+    if len(beton) < count * batch:  # the steps of one call are of one epoch
+        beton = several_times(beton, count * batch)
 
     def loader(engine: str) -> Loader:
         return open_loader(
