@@ -12,8 +12,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ def _holds_out(primary: str, settings: Trained) -> bool:
     probe, options = primary.partition(".")[0], settings.eval.options
     names = hyperparameters(PROBES[probe])
     lists = [options.get(f"{probe}_{name}") for name in names]
-    choices = math.prod(len(values) for values in lists if isinstance(values, tuple))
-    return "holdout" in names and choices > 1
+    choices = [len(values) for values in lists if isinstance(values, tuple)]
+    return "holdout" in names and (not choices or math.prod(choices) > 1)
 
 
 def _read(job: Job) -> Trained:
@@ -198,7 +198,7 @@ def study(settings: StudySettings) -> dict[str, Any]:
         report = results.report(plan, ordered, sweeps, runner.log.together(), problems)
         report["stopped"] = bool(runner.signal)
         _write(plan.folder, report)
-        with suppress(OSError):  # the terminal may have closed, which stopped the study
+        if runner.signal != signal.SIGHUP:  # else the terminal has closed
             print(table.text(report), flush=True)
     _leave(runner.signal)
     return report

@@ -69,7 +69,8 @@ def measured(
     name: str, rows: int, sizes: Sequence[int], device: str, repeats: int
 ) -> dict[str, Any]:
     """Run 1 + ``repeats`` steps in this process: ``seconds`` of each, ``peak_bytes``, ``work``."""
-    prepare_device(torch.device(device), tf32=True)
+    if device != "cpu":  # on a CPU it would keep freed memory, and the peak counts that
+        prepare_device(torch.device(device), tf32=True)
     stepper(name, 4, (8, 64, 8, 2), torch.device(device))()  # loads libraries, compiles kernels
     before = memory("VmRSS")
     step = stepper(name, rows, sizes, torch.device(device))

@@ -42,7 +42,7 @@ def _case(plan: Plan, beton: Beton, size: int, batch: int) -> list[Row]:
         ),
         Engine(
             "FFCV", "peer", len(beton), lambda: peers.ffcv(beton, size, batch, workers),
-            "one pass per view; nearest neighbor where it enlarges",
+            "one decode per view; nearest neighbor where it enlarges",
         ),
     ]  # fmt: skip
     with ExitStack() as stack:

@@ -145,11 +145,11 @@ def _write(settings: PrepareSettings, command: str) -> int:
 
 def _alone(settings: PrepareSettings, name: str, read: Sequence[str]) -> None:
     """``SettingError`` for what is given beside ``name`` although only ``read`` is read with it."""
-    given = [key for key, source in settings.sources().items() if source != "default"]
-    if name in given:
-        for other in given:
-            if other not in (name, *read):
-                raise SettingError(f"{name} does not read {other}: leave it out")
+    if settings.flat().get(name) is None:
+        return
+    for other, source in settings.sources().items():
+        if source != "default" and other not in (name, *read):
+            raise SettingError(f"{name} does not read {other}: leave it out")
 
 
 def main(argv: Sequence[str]) -> int:

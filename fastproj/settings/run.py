@@ -200,13 +200,9 @@ class SparseHead:
     )
     scale_free: bool = setting(
         Bool(),
-        "norm over norm, which no scaling of the weights changes",
+        "norm over norm, which no scaling of the weights changes; not in a proximal step",
         True,
-        needs=Needs(
-            "sparsehead.weight is above 0 and sparsehead.proximal false",
-            ("sparsehead.weight", "sparsehead.proximal"),
-            lambda weight, proximal: any(weight) and not proximal,
-        ),
+        needs=_sparse,
     )
     proximal: bool = setting(
         Bool(),

@@ -181,10 +181,12 @@ def _parameter(name: str, item: Given) -> dict[str, Any]:
 
 
 def _value(text: str | None) -> Any:
-    """A truth, a decimal number, or text: YAML 1.1 would make 43,200 of a time of 12:00:00."""
-    if text in ("true", "false"):
-        return text == "true"
-    if text is not None and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", text):
+    """Null, a truth, a decimal number, or text: YAML 1.1 makes 43,200 of a time of 12:00:00."""
+    if text is None or text.lower() in ("null", "none", "~"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", text):
         return float(text) if "." in text else int(text)
     return text
 

@@ -232,11 +232,12 @@ class Executor:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:  # again: the user means now
+        again, self.signal = self.signal, self.signal or number
+        if again and number == signal.SIGINT:  # the user means now
+            self.signal = number
             raise KeyboardInterrupt
-        if self.signal:
+        if again:
             return
-        self.signal = number
         write_line(
             f"{signal.Signals(number).name}: {self._ends(number)}, and the same command goes on; "
             "Ctrl-C again ends them now"

@@ -171,8 +171,10 @@ def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if parameter.grad is None:  # not to be asked for its state, which that would make
+                continue
             state = optimizer.state[parameter]
-            if parameter.grad is not None and state.get("momentum_buffer") is None:
+            if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
 
 

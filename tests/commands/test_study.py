@@ -239,7 +239,7 @@ def test_bad_input_is_one_line_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-def test_submitits_parameters_are_yaml_values(root: Path) -> None:
+def test_submitits_parameters_of_the_command_line(root: Path) -> None:
     more = ["--submitit.timeout_min", "30", "--submitit.slurm_partition", "gpu",
             "--submitit.slurm_use_srun", "false", "--submitit.name", "null"]  # fmt: skip
     blocks = read_blocks(load(STUDY, ["--cfg", f"{root}/study.yaml", *more], "study", ""))

@@ -149,6 +149,7 @@ def test_fused_sgd_has_momentum_from_the_start(monkeypatch):
         if p.grad is not None:
             kept = fused.state[p]["momentum_buffer"]
             assert not kept.any() and kept.stride() == p.stride()
+    optim.load_optimizer(fused, copy.deepcopy(fused.state_dict()))  # one has no gradient, nor state
     for step in range(3):
         fill(step)
         fused.step()
