@@ -25,7 +25,7 @@ from tests.support.ranks import on_ranks
 COUNT, SIDE, CPU = 21, 12, torch.device("cpu")
 
 
-def evaluated(folder: Path, out: Path) -> list[Tensor]:
+def evaluated(folder: Path, out: Path, train: str) -> list[Tensor]:
     """Features of two engines' batches, and how many images this rank did; the command last."""
     torch.manual_seed(0)
     encoder, seen = build_encoder("resnet_small", "cifar").eval(), []
@@ -36,12 +36,11 @@ def evaluated(folder: Path, out: Path) -> list[Tensor]:
     found = extractor.encode(beton, loaded, ["h"], ((0.3,) * 3, (0.2,) * 3))["h"]
     mine = torch.tensor(sum(seen))
     uneven = features(encoder, _all_on_the_first_rank(beton), mean=(0.3,) * 3, std=(0.2,) * 3)
-    for train in ("other", "train"):  # the second time val's features are kept, train's are not
-        command.main(
-            f"""--data.train {folder}/{train}.beton --data.val {folder}/val.beton --views.size 12
-            --eval.encoder torch.nn:Flatten --eval.normalize imagenet --run.device cpu
-            --eval.logistic_strengths 1e-2 --eval.knn_k 3 --eval.out {out}""".split()
-        )
+    command.main(
+        f"""--data.train {folder}/{train}.beton --data.val {folder}/val.beton --views.size 12
+        --eval.encoder torch.nn:Flatten --eval.normalize imagenet --run.device cpu
+        --eval.logistic_strengths 1e-2 --eval.knn_k 3 --eval.out {out}""".split()
+    )
     return [found.features, found.labels, uneven.features, uneven.labels, mine]
 
 
@@ -56,8 +55,10 @@ def test_two_ranks_give_the_features_and_the_table_of_one(tmp_path: Path) -> Non
     for split, seed in (("train", 0), ("val", 1), ("other", 2)):
         source = betons.digit_like(np.random.default_rng(seed), COUNT, SIDE, classes=3)
         betons.write(replace(source, split=split), tmp_path, Store("raw"))
-    alone = evaluated(tmp_path, tmp_path / "one")
-    ranks = on_ranks(2, partial(evaluated, tmp_path, tmp_path / "two"), tmp_path, seconds=400)
+    alone = evaluated(tmp_path, tmp_path / "one", "train")
+    for train in ("other", "train"):  # the second time val's features are kept, train's are not
+        rank = partial(evaluated, tmp_path, tmp_path / "two", train)
+        ranks = on_ranks(2, rank, tmp_path, seconds=200)
     assert [int(rank[4]) for rank in (alone, *ranks)] == [21, 12, 9]
     for rank in ranks:
         for at in (0, 2):
