@@ -199,7 +199,7 @@ def test_a_function_keeps_its_weights_or_takes_the_files(
 def test_a_function_that_gives_its_own_weights_has_no_random_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_models.py").write_text(
+    (tmp_path / "weighted_models.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def drawn():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5))\n"
         "def given():\n"
@@ -207,11 +207,11 @@ def test_a_function_that_gives_its_own_weights_has_no_random_control(
         "    nn.init.ones_(made[1].bias)\n    return made\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    random = load_encoder(None, "own_models:drawn").at_random(3).module
+    random = load_encoder(None, "weighted_models:drawn").at_random(3).module
     torch.manual_seed(3)
     same(random, nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 2)
-    with pytest.raises(InputError, match="own_models:given has the same weights whatever the seed"):
-        load_encoder(None, "own_models:given").at_random(3)
+    with pytest.raises(InputError, match="given has the same weights whatever the seed"):
+        load_encoder(None, "weighted_models:given").at_random(3)
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,11 @@ def test_crops_of_a_gpu(fake_gpu: None) -> None:
     assert crops.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-def reading(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def reading(logits: Tensor, labels: Tensor, labeled: float) -> tuple[Tensor, Tensor]:
     return logits.sum(), torch.tensor(logits.sum().item())
 
 
-def elsewhere(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def elsewhere(logits: Tensor, labels: Tensor, labeled: float) -> tuple[Tensor, Tensor]:
     return logits.sum(), (logits.argmax(1) == torch.zeros(len(labels), device="cpu")).sum()
 
 
