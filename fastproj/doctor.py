@@ -39,7 +39,13 @@ PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _set_up(extra: str = "", afresh: bool = False) -> str:
-    """The line that installs: with setup.sh in a checkout, elsewhere with pip."""
+    """The line that installs: with setup.sh in a checkout, elsewhere with pip.
+
+    In the image, whose user may not install, the line that builds it anew.
+    """
+    if (CHECKOUT / ".commit").exists():
+        extras = f' --build-arg EXTRAS="{extra} ..."' if extra else ""
+        return f"docker build{extras} .   # docs/containers.md lists the extras"
     if (CHECKOUT / "setup.sh").exists():
         clear, extra = "rm -rf .venv && " * afresh, f" {extra}" * bool(extra)
         return (

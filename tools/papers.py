@@ -55,7 +55,7 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (ICLR, "widths; linear, narrow and dropout heads (reviewers' requests)", ("iclr2025_width",),
      ""),
     (ICLR, "combinations of the three heads (reviewers' request)", ("iclr2025_combined",), ""),
-    (ICLR, "curves of I₂ and the authors' two bound curves over the training", (),
+    (ICLR, "the authors' three curves over the training, I₂ among them", (),
      "every run: `diagnostics` in `metrics.jsonl`"),
     (SPARSE, "accuracy with and without the penalty, over its weight, for four methods",
      ("sparsehead_simclr", "sparsehead_barlow", "sparsehead_byol", "sparsehead_simsiam"),

@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with writing(path):
-            _remove_left_behind(path)
+            remove_left_behind(path)
             with temporary.open("x+b") as file:
                 lock(file)  # says that it has a writer
                 yield file
@@ -78,7 +78,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
             temporary.unlink()
 
 
-def _remove_left_behind(path: Path) -> None:
+def remove_left_behind(path: Path) -> None:
     """Remove temporary files of ``path`` whose writer was killed: old, and locked by nobody."""
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):

@@ -46,11 +46,18 @@ class Interruption:
         """Whether to stop now.
 
         A signal may reach one rank only, so several ranks have to agree, which makes each wait for
-        all: they do so only in the calls with ``agree``, and answer false in the others.
+        all: they do so only in the calls with ``agree``, and answer false in the others. A rank
+        that stops for another's signal takes it for SIGTERM: none is to leave as if it had ended.
         """
         if dist.world_size() == 1:
             return self.signal > 0
-        return agree and dist.any_true(self.signal > 0)
+        if not agree or not dist.any_true(self.signal > 0):
+            return False
+        if not self.signal:
+            self.signal = signal.SIGTERM
+            if dist.is_main():
+                write_line("another rank was told to stop: saving")
+        return True
 
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe()

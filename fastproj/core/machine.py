@@ -40,8 +40,8 @@ def cores(root: Path = ROOT) -> int:
 def memory(root: Path = ROOT) -> tuple[int, int]:
     """(total, available) bytes for this process: the machine's, cut by every memory limit above it.
 
-    A file in the page cache counts as used in its control group; what the kernel would drop first
-    (``inactive_file``) is counted as available here, as ``free`` does for the whole machine.
+    Files in the page cache count as used in their control group; the kernel drops them for
+    programs, so they are counted as available here, as ``free`` does for the whole machine.
     """
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
@@ -52,7 +52,10 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
             stat = _words(group / "memory.stat")
             table = dict(zip(stat[::2], stat[1::2], strict=True))
             # Version 1 counts the group alone under the plain name, with its children under total_.
-            cached = int(table.get("total_inactive_file", table.get("inactive_file", 0)))
+            cached = sum(
+                int(table.get(f"total_{name}", table.get(name, 0)))
+                for name in ("inactive_file", "active_file")
+            )
             total = min(total, int(limit[0]))
             available = min(available, int(limit[0]) - int(used[0]) + cached)
     return total, max(0, available)

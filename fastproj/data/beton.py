@@ -7,6 +7,7 @@ FFCV does not check what it reads. A manifest ``<stem>.json`` therefore lies bes
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fastproj.data.layout import (
     TABLE,
     row_type,
 )
-from fastproj.data.manifest import Adopted, Manifest, read_manifest
+from fastproj.data.manifest import Adopted, Manifest, read_manifest, waiting_manifest
 from fastproj.data.shards import File, expand, join, map_files, refuse_alone
 
 
@@ -134,19 +135,28 @@ def _open_file(path: Path) -> Beton:
     data = np.memmap(path, np.uint8, mode="r")
     fields = read_fields(path, data)
     described = path.with_suffix(".json")
+    waiting = waiting_manifest(described, _content(data))
+    if waiting.exists():  # its writer was killed between the renames of the two files
+        with suppress(InputError):
+            return _described(path, data, fields, waiting)
     if not described.exists():
         raise InputError(
             f"{path}: no manifest beside the beton ({describe(fields)}); if another program wrote "
             "this FFCV file, adopt it once with fastproj prepare --adopt, else write it again"
         )
+    return _described(path, data, fields, described)
+
+
+def _described(path: Path, data: np.ndarray, fields: Fields, described: Path) -> Beton:
+    """The beton, checked against the manifest ``described``."""
     manifest = read_manifest(described)
     if manifest.adopted:
         return _open_adopted(path, data, fields, manifest, manifest.adopted)
-    rows, table, content = _read_tables(path, data, fields)
+    rows, table = _read_tables(path, data, fields)
     for what, here, there in (
         ("samples", len(rows), manifest.samples),
-        ("bytes", size, manifest.file_bytes),
-        ("content digest", content, manifest.content),
+        ("bytes", len(data), manifest.file_bytes),
+        ("content digest", _content(data), manifest.content),
     ):
         if here != there:
             raise InputError(
@@ -193,10 +203,14 @@ def adopted_beton(path: Path, manifest: Manifest, data: np.ndarray, rows: Rows) 
     return beton
 
 
-def _read_tables(
-    path: Path, data: np.ndarray, fields: Fields
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Check the sizes; return rows (N,), allocation table (N,) in sample order, content digest."""
+def _content(data: np.ndarray) -> str:
+    """The content digest, which stands in the arguments of the first field of our files."""
+    start = HEADER.itemsize + DESCRIPTOR.fields["arguments"][1]
+    return data[start : start + 32].tobytes().hex()
+
+
+def _read_tables(path: Path, data: np.ndarray, fields: Fields) -> tuple[np.ndarray, np.ndarray]:
+    """Check the sizes; return rows (N,) and allocation table (N,) in sample order."""
     header = np.frombuffer(data, HEADER, 1)[0]
     row = row_type(len(fields) == len(FIELDS), len(fields) > 2)
     samples, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
@@ -212,11 +226,10 @@ def _read_tables(
             f"{path}: {len(data)} bytes, but its header promises {samples} samples and {wanted} "
             "bytes: cut, damaged or half written; write it again"
         )
-    descriptors = np.frombuffer(data, DESCRIPTOR, len(names), HEADER.itemsize)
     rows = np.frombuffer(data, row, samples, rows_at)
     table = np.frombuffer(data, TABLE, samples, table_at)
     order = np.argsort(table["sample_id"], kind="stable")
-    return rows, table[order], descriptors[0]["arguments"][:32].tobytes().hex()
+    return rows, table[order]
 
 
 def _beton(

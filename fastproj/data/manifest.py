@@ -203,6 +203,11 @@ def pack_hashes(hashes: bytes) -> str:
     return base64.b64encode(hashes).decode()
 
 
+def waiting_manifest(path: Path, content: str) -> Path:
+    """Where the manifest of a beton with this content waits until the beton is in its place."""
+    return path.with_name(f"{path.name}.{content[:16]}.tmp")
+
+
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write ``manifest`` to ``path`` as JSON, atomically."""
     with replacing(path) as file:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastproj import __version__
 from fastproj.core.errors import InputError
-from fastproj.core.files import replacing
+from fastproj.core.files import remove_left_behind, replacing
 from fastproj.core.machine import cores
 from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton, open_beton
@@ -23,6 +23,7 @@ from fastproj.data.manifest import (
     mean_and_std,
     pack_hashes,
     pack_names,
+    waiting_manifest,
     write_manifest,
 )
 from fastproj.data.shards import shard_name
@@ -81,15 +82,14 @@ class SplitWriter:
     ) -> Manifest:
         """Write ``out/<split>.beton`` and its manifest; older files stay until both are complete.
 
-        ``shard``: (i, N) writes file i of N, ``out/<split>-<i>.beton``. The manifest is renamed
-        first. A writer killed in between leaves a pair that ``open_beton`` rejects, because both
-        hold the content digest.
+        ``shard``: (i, N) writes file i of N, ``out/<split>-<i>.beton``. A writer killed between the
+        renames of the two files leaves the new manifest under a name where ``open_beton`` finds it.
         """
         number, of = shard
         whole, beton = source, out / f"{source.split}.beton"
         if of > 1:
             source, beton = part(whole, number, of), out / shard_name(source.split, number)
-        histogram = np.zeros((3, 256), np.int64)
+        described, histogram = beton.with_suffix(".json"), np.zeros((3, 256), np.int64)
         unreadable: dict[int, str] = {}
         count = len(source.labels)
         square = self.store.kind == "square"
@@ -103,7 +103,10 @@ class SplitWriter:
                 counts = base64.b64encode(histogram.astype("<i8").tobytes()).decode()
                 digests = base64.b64encode(written.digests).decode()
                 manifest = replace(manifest, shard=Shard(number, of, shared, counts, digests))
-            write_manifest(manifest, beton.with_suffix(".json"))
+            waiting = waiting_manifest(described, written.content)
+            write_manifest(manifest, waiting)
+        waiting.replace(described)
+        remove_left_behind(described)
         return manifest
 
     def _encoded(

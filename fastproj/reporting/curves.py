@@ -82,8 +82,8 @@ PANELS = [
             "entropy_minus_information": "S₂(h) − I₂(h; z)",
             "negative_loss_minus_information": "−loss(h) − I₂(h; z)",
         },
-        "The bounds of the ICLR 2025 paper without their terms of labels: only their trends mean "
-        "something, not their values.",
+        "What the ICLR 2025 paper plots, without the terms of labels of its theorems: only the trends "
+        "mean something, not the values.",
     ),
     Panel(
         "Alignment",

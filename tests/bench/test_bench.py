@@ -290,7 +290,7 @@ def test_end_to_end_on_few_images(small: Beton, monkeypatch: pytest.MonkeyPatch)
     assert gone.missing == "No module named 'no_such_peer'"
     assert here[-1].engine == endtoend.PEER and "minus" not in here[-1].note
     for row in here[:-1]:
-        assert row.missing == "Learner has no bn_per_view" or re.fullmatch(
+        assert re.fullmatch(
             r"linear \S+ ± \S+ \(minus lightly \S+, 95 % \S+ to \S+\); kNN .*\)", row.note
         )
     found = measured([row for row in here if not row.missing], 2)

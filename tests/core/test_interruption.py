@@ -5,12 +5,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from fastproj.core import interruption
+from fastproj.core import dist, interruption
 from fastproj.core.interruption import STOPS, Interruption
+from tests.support.ranks import on_ranks
 
 
 @pytest.fixture(params=STOPS, ids=[number.name for number in STOPS])
@@ -68,6 +70,20 @@ def test_a_second_signal_in_a_long_operation_ends_it(monkeypatch: pytest.MonkeyP
         long_operation([(0.1, signal.SIGTERM), (0.4, signal.SIGTERM)])
         time.sleep(1)
     assert end.value.code == 128 + signal.SIGTERM
+
+
+def told() -> list[int]:
+    """One of two ranks is signaled: what both are told, and with which signal they leave."""
+    with Interruption() as interruption:
+        before = interruption.requested(agree=True)
+        if dist.rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        between = interruption.requested(agree=False)
+        return [before, between, interruption.requested(agree=True), interruption.signal]
+
+
+def test_a_signal_to_one_rank_stops_all_and_none_ends_well(tmp_path: Path) -> None:
+    assert on_ranks(2, told, tmp_path) == [[False, False, True, signal.SIGTERM]] * 2
 
 
 def test_what_the_process_was_started_to_ignore_stays_ignored(number: signal.Signals) -> None:

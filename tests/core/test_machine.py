@@ -85,7 +85,8 @@ def test_memory_limit_version_2(tmp_path):
         "proc/self/cgroup": "0::/job",
         "sys/fs/cgroup/job/memory.max": str(100 * MIB),
         "sys/fs/cgroup/job/memory.current": str(90 * MIB),
-        "sys/fs/cgroup/job/memory.stat": f"anon {40 * MIB}\ninactive_file {30 * MIB}",
+        "sys/fs/cgroup/job/memory.stat": f"anon {40 * MIB}\ninactive_file {10 * MIB}\n"
+        f"active_file {20 * MIB}",
         "sys/fs/cgroup/memory.max": "max",
         "sys/fs/cgroup/memory.current": str(10**12),
     }

@@ -92,12 +92,12 @@ def fuzz(name: str, cases: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="cases of each kind of input")
-    parser.add_argument("--only", choices=INPUTS, help="one kind")
+    parser.add_argument("--only", choices=INPUTS, nargs="+", help="some of the kinds")
     parser.add_argument("--out", type=Path, help="JSON; kinds that did not run stay as they are")
     given = parser.parse_args()
     results = json.loads(given.out.read_text()) if given.out and given.out.exists() else {}
     failed = False
-    for name in [given.only] if given.only else INPUTS:
+    for name in given.only or INPUTS:
         results[name] = result = fuzz(name, given.cases)
         failed = failed or bool(result["lost"])
         print(f"{name}: {result['survived']} of {result['tried']}", *result["lost"], sep="\n  ",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.entries import BETWEEN
 from tests.faults.inputs import INPUTS
 from tests.faults.sanitized import FAULT, NAME
 from tests.faults.table import ENTRIES, missing
@@ -27,7 +26,7 @@ def results(module: str, out: Path, *arguments: str) -> dict[str, dict]:
     """In a new process: this one may have computed gradients, or started worker processes."""
     subprocess.run(
         [sys.executable, "-m", module, "--out", out, *arguments],
-        cwd=ROOT, stdout=subprocess.DEVNULL, timeout=1800,
+        cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return json.loads(out.read_text())
 
@@ -37,9 +36,7 @@ def survives(names: Sequence[str], tries: int, folder: Path) -> None:
     found = results("tests.faults", out, "--tries", str(tries), "--only", *names)
     for name in names:
         result = found[name]
-        assert result["tried"] == tries
-        assert result["survived"] + sum(result["lost"].values()) == tries
-        assert result["lost"].keys() <= {BETWEEN}, result
+        assert result["survived"] == result["tried"] == tries, result
 
 
 def test_nothing_is_lost(tmp_path: Path) -> None:
@@ -56,28 +53,30 @@ def test_nothing_is_lost_of_what_takes_long(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_nothing_is_lost_in_many_tries(tmp_path: Path) -> None:
-    survives([name for name in POSSIBLE if name not in LONG], 100, tmp_path)
-    survives(sorted(LONG), 1, tmp_path)
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_nothing_is_lost_in_many_tries(tmp_path: Path, name: str) -> None:
+    survives([name], 1 if name in LONG else 100, tmp_path)
 
 
-def refused_or_equal(cases: int, folder: Path) -> None:
-    found = results("tests.faults.fuzz", folder / "fuzzed.json", "--cases", str(cases))
-    assert set(found) == set(INPUTS)
+def refused_or_equal(names: Sequence[str], cases: int, folder: Path) -> None:
+    arguments = ("--cases", str(cases), "--only", *names)
+    found = results("tests.faults.fuzz", folder / "fuzzed.json", *arguments)
+    assert set(found) == set(names)
     for result in found.values():
         assert not result["lost"], result
         assert result["survived"] == result["tried"] >= min(cases, 1000)
 
 
 def test_hostile_input_is_refused_or_read_as_it_was(tmp_path: Path) -> None:
-    refused_or_equal(10, tmp_path)
+    refused_or_equal([*INPUTS], 10, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_hostile_input_in_many_cases(tmp_path: Path) -> None:
-    refused_or_equal(14_000, tmp_path)
+@pytest.mark.parametrize("name", INPUTS)
+def test_hostile_input_in_many_cases(tmp_path: Path, name: str) -> None:
+    refused_or_equal([name], 8_000, tmp_path)
 
 
 @pytest.mark.parametrize("cases", [300, pytest.param(30_000, marks=[pytest.mark.soak])])

@@ -120,7 +120,9 @@ def test_no_more_kernels_and_bytes_than_were_committed(name: str) -> None:
     found = make(*given)
     pinned = torch.__version__.startswith(VERSIONS[0])
     kernels, library, size = counts[0] if pinned else counts[1]
-    assert found.kernels <= kernels and found.library <= library and found.bytes <= size, found[:3]
+    committed = (kernels, library, size)
+    for counted, most in zip(found[:3], committed, strict=True):
+        assert 0.9 * most <= counted <= most, (found[:3], committed)  # fewer: commit the new ones
     cells = [f"{kernels} | {library} | {size / 1e9:.2f} GB" for kernels, library, size in counts]
     assert f"\n| {name} | {' | '.join(cells)} |" in PAGE
     # torch 2.11 decomposes any max-pool, but without atomics.
