@@ -1,7 +1,8 @@
 """Write docs/reliability.md from docs/reliability.json: faults made on purpose, and what was lost.
 
 python -m tests.faults --tries 100 --out docs/reliability.json
-python -m tests.faults.fuzz --cases 14000 --out docs/reliability.json
+python -m tests.faults.fuzz --cases 8000 --out docs/reliability.json
+python -m tests.faults.guided --cases 2000 --out docs/reliability.json   # pip install atheris
 python -m tests.faults.sanitized --cases 30000 --out docs/reliability.json
 python tools/reliability.py
 """
@@ -23,8 +24,9 @@ the machine schedules processes, so a kill may hit another moment when it is rep
 is not in the table has not been counted here.
 
 Fuzzed input is drawn by hypothesis from one seed (the C code's by a seed per case): real files, of
-which bytes, lines or entries are changed. A case survives if it is refused in one line, or read as
-what it was; a crash, a traceback, more than 10 s of processor time or 1 GiB of memory are losses.
+which bytes, lines or entries are changed. Led by coverage means that atheris, a libFuzzer for
+Python, changes what hypothesis draws from and keeps what reaches new branches. A case survives if it is refused in one line, or read as
+what it was; a crash, a traceback, more than 10 s of processor time, 60 s of waiting or 1 GiB of memory are losses.
 
 Two hosts are two network namespaces on one machine, joined by a virtual link, with a torchrun each
 (`pytest -m "" tests/commands/test_two_hosts.py`, as root): a link cut for five seconds changes no

@@ -39,8 +39,6 @@ def prepare_device(device: torch.device, number: int = 0, *, tf32: bool) -> torc
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         _set_tf32(tf32)
-        # Products of float16 that add in float32 all the way: crops are exact (loaders.crop).
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return torch.device("cuda", number)
     if device.type == "cpu":
         keep_freed_memory()

@@ -21,6 +21,11 @@ SAME = 2.0  # seconds within which a second signal is the first one's echo
 GRACE = 5.0  # seconds until a process that does not hear a second signal is ended
 
 
+# A forked worker inherits the pipe: a signal that it hears late would be the parent's second one.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 class Interruption:
     """Between enter and exit, signals in ``STOPS`` only ask for a stop: ``signal`` is then not 0.
 

@@ -70,8 +70,7 @@ class Extractor:
                 "depth": depth,
                 "data": beton.manifest.content,
                 "device": self.device.type,
-                # Its pixels differ from those of the other engines.
-                **({"engine": "dali"} if (self.loader or {}).get("engine") == "dali" else {}),
+                **self._engine(),
                 **self.about(),
                 "mean": list(norm[0]),
                 "std": list(norm[1]),
@@ -99,6 +98,12 @@ class Extractor:
             for depth, one in split.items():
                 self.cache.store(keys[depth], one)
         return split
+
+    def _engine(self) -> dict[str, str]:
+        """The engine, where its pixels are its own: on a CPU all but two give the same ones."""
+        engine = (self.loader or {}).get("engine", "auto")
+        same = self.device.type == "cpu" and engine not in ("dali", "resident")
+        return {} if same else {"engine": engine}
 
     def raw(self, beton: Beton) -> Features:
         """The pixels themselves as features, of one center crop of at most ``PIXELS`` a side."""

@@ -2,7 +2,8 @@
 
 Samples, their order and their boxes depend only on (seed, epoch, sample index, view). Hence all
 engines draw the same crops, ranks never overlap, a resumed run continues with the next sample and
-the number of workers changes nothing. Crops equal torchvision's antialiased bilinear
+the number of workers changes nothing, but for a rounding of the pixels where a GPU crops for fewer
+than ten of them (``stream``). Crops equal torchvision's antialiased bilinear
 ``resized_crop`` of the same box within 2/255 on average (measured: at most 0.3/255).
 """
 

@@ -56,6 +56,8 @@ class Loader(ABC):
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
         self.reason = ""  # why open_loader chose this engine, in one line
         self.crop_batch: Callable[..., Tensor] = crop_batch  # what crops on a GPU, if one does
+        if device.type == "cuda":  # else cuBLAS may round within the products of exact crops
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._open()
 
     def _open(self) -> None:  # noqa: B027  # not abstract: some engines need nothing
@@ -122,4 +124,4 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.array(array))
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return tensor.to(device)

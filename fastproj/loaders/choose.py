@@ -46,7 +46,7 @@ def open_loader(
         engine, reason = _choose(beton, device, memory_share)
     loader: Loader = ENGINES[engine](beton, crops, order, device, workers)
     if isinstance(loader, StreamLoader):
-        reason += f"; at most {loader.memory / 1e6:,.0f} MB for batches in progress"
+        reason += f"; {loader.cropping}; {loader.memory / 1e6:,.0f} MB for batches in progress"
         reason += f"; {loader.advice}" if loader.advice else ""
     loader.reason = reason
     return loader
@@ -54,8 +54,8 @@ def open_loader(
 
 def _choose(beton: Beton, device: torch.device, memory_share: float) -> tuple[str, str]:
     """The engine for this set on this device, and the reason in one line."""
-    if device.type == "cpu":
-        return "stream", "stream: the device is a CPU"
+    if device.type != "cuda":
+        return "stream", f"stream: the device is {'a CPU' if device.type == 'cpu' else device.type}"
     if not is_uniform(beton):
         return "stream", "stream: JPEGs or images of several sizes"
     free = torch.cuda.mem_get_info(device)[0]

@@ -5,7 +5,9 @@ from torchvision's ``resized_crop`` (bilinear, antialiased).
 """
 
 import io
+import multiprocessing
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
 
 PATIENCE = 300.0  # seconds for a batch: where /dev/shm is full, none ever comes
+
+# A process that is not forked would get the whole file through a pipe.
+FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 Key = tuple[int, list[np.ndarray]]
 Sample = tuple[list[Tensor], int, int]
@@ -42,7 +47,8 @@ class ReferenceLoader(Loader):
             _Crops(self.beton, self.crops),
             batch_sampler=self._keys(epoch, steps),
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, self.crops),
+            multiprocessing_context=FORK,
             pin_memory=self.device.type == "cuda",
             timeout=PATIENCE,
             # By default it draws from torch's global generator, and a resumed run would differ.
@@ -58,7 +64,7 @@ class ReferenceLoader(Loader):
                     index.to(self.device),
                 )
         except RuntimeError as error:
-            if "DataLoader" not in str(error):
+            if not str(error).startswith("DataLoader"):  # what a worker raised, not its end
                 raise
             raise InputError(
                 f"a worker process gave no batch ({str(error).partition(chr(10))[0]}): it was "
@@ -96,7 +102,12 @@ def read_image(beton: Beton, position: int) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0)
 
 
-def _collate(samples: list[Sample]) -> tuple[list[Tensor], Tensor, Tensor]:
+def _collate(
+    crops: Sequence[Crop | Center], samples: list[Sample]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    if not samples:  # of several ranks some may get none in the last step
+        none = torch.empty(0, dtype=torch.int64)
+        return [torch.empty(0, 3, c.size, c.size, dtype=torch.uint8) for c in crops], none, none
     by_sample, labels, index = zip(*samples, strict=True)
-    crops = [torch.stack(crop, 1).flatten(0, 1) for crop in zip(*by_sample, strict=True)]
-    return crops, torch.tensor(labels), torch.tensor(index)
+    views = [torch.stack(crop, 1).flatten(0, 1) for crop in zip(*by_sample, strict=True)]
+    return views, torch.tensor(labels), torch.tensor(index)

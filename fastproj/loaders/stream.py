@@ -56,8 +56,13 @@ class StreamLoader(Loader):
         self._gpu_crops = self._beside is not None and self.workers < CROPPING_THREADS
 
     @property
+    def cropping(self) -> str:
+        """Who crops: on a GPU the pixels differ by a rounding."""
+        return "the GPU crops" if self._gpu_crops else "threads crop"
+
+    @property
     def memory(self) -> int:
-        """Upper bound in bytes of host memory for batches in progress."""
+        """Bytes of the batches in progress, in host memory; page-locked, torch rounds each up."""
         batch = self.order.batch_size
         largest = batch * sum(3 * crop.num_views * crop.size**2 for crop in self.crops)
         if self._gpu_crops:
@@ -125,7 +130,7 @@ class StreamLoader(Loader):
                     self.crop_batch(images, to_device(boxes, self.device), crop.size)
                     for crop, boxes in zip(self.crops, pending.boxes, strict=True)
                 ]
-            elif self._beside is not None:
+            else:
                 pending.crops = [
                     crops.to(self.device, non_blocking=True) for crops in pending.crops
                 ]

@@ -82,8 +82,8 @@ PANELS = [
             "entropy_minus_information": "S₂(h) − I₂(h; z)",
             "negative_loss_minus_information": "−loss(h) − I₂(h; z)",
         },
-        "What the ICLR 2025 paper plots, without the terms of labels of its theorems: only the trends "
-        "mean something, not the values.",
+        "What the ICLR 2025 paper plots, without the terms of labels in its theorems: only trends "
+        "mean something, not values.",
     ),
     Panel(
         "Alignment",

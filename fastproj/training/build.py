@@ -68,7 +68,8 @@ def build_trainer(
     sparse = settings.sparsehead
     return Trainer(
         learner,
-        build_loader(settings, beton, crops, rank, device),
+        # Opened with the last epoch's crops, the largest: what it says of its memory.
+        build_loader(settings, beton, build_crops(settings, optim.epochs - 1), rank, device),
         optimizer,
         augmentations,
         epochs=optim.epochs,

@@ -92,7 +92,7 @@ def batches(
                     raise sample
             yield batch
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if not str(error).startswith("DataLoader"):  # what a worker raised, not its end
             raise
         raise InputError(
             f"a worker process gave no batch ({str(error).partition(chr(10))[0]}): it was killed, "

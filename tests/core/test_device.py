@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastproj import evaluate
 from fastproj.core.device import (
     CPUINFO,
     choose_precision,
@@ -13,8 +14,10 @@ from fastproj.core.device import (
     fast_in_bfloat16,
     prepare_device,
 )
+from fastproj.settings import RUN, load
 
 CPU = torch.device("cpu")
+GIVEN = ["--run.device", "cpu", "--data.train", "x", "--data.val", "x"]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,12 @@ def test_arithmetic_is_as_before_after_an_error(flags: None) -> None:
     with pytest.raises(ZeroDivisionError), exact_float32():
         raise ZeroDivisionError
     assert arithmetic() == ("high", True)
+
+
+def test_evaluation_asks_for_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(
+        evaluate, "prepare_device", lambda device, number, **how: (asked.update(how), device)[1]
+    )
+    assert evaluate.start_device(load(RUN, GIVEN, "", "")) == CPU
+    assert asked == {"tf32": False}

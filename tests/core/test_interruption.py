@@ -55,10 +55,17 @@ def test_a_signal_in_a_long_operation_is_a_first_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(interruption, "SAME", 0.4)
+    said: list[float] = []
+    write = interruption.write_line
+    monkeypatch.setattr(
+        interruption, "write_line", lambda line: (said.append(time.monotonic()), write(line))
+    )
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
     with Interruption() as asked:
         long_operation([(0.1, signal.SIGTERM), (0.05, signal.SIGHUP)])
+        ended = time.monotonic()
         assert asked.signal in (signal.SIGTERM, signal.SIGHUP)
+    assert said[0] < ended - 0.3  # in the midst of the operation
     signal.signal(signal.SIGHUP, before)
     assert capsys.readouterr().err.count("finishing the step under way") == 1
 
@@ -79,7 +86,7 @@ def told() -> list[int]:
         if dist.rank() == 1:
             signal.raise_signal(signal.SIGTERM)
         between = interruption.requested(agree=False)
-        return [before, between, interruption.requested(agree=True), interruption.signal]
+        return [before, between, interruption.requested(agree=True), int(interruption.signal)]
 
 
 def test_a_signal_to_one_rank_stops_all_and_none_ends_well(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fastproj.evaluation.probes.regression import logistic
 from fastproj.evaluation.probes.sgd import linear_probe
 from fastproj.evaluation.probes.shots import draw, few_shot
 from fastproj.evaluation.probes.softmax import certify, solve
+from fastproj.models.encoders import build_encoder
 
 
 def as_features(x, y) -> Features:
@@ -33,6 +34,8 @@ def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (N, d) and labels of four classes."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(400) % 4
+    if kind == "encoder":
+        return digits_encoded()
     x = torch.randn(400, 12, generator=generator)
     if kind != "random":
         x[:, :4] += 0.8 * torch.eye(4)[y]
@@ -52,6 +55,16 @@ def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+def digits_encoded() -> tuple[torch.Tensor, torch.Tensor]:
+    """400 digits through a small ResNet with random weights, and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images[:400]).float().reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
+    torch.manual_seed(0)
+    with torch.no_grad():
+        features = build_encoder("resnet_small", "cifar").eval()(x)
+    return features, torch.from_numpy(labels[:400]).long()
+
+
 def oracle(x: torch.Tensor, y: torch.Tensor, strength: float) -> tuple[np.ndarray, float]:
     """scikit-learn's head (C, d+1) in float64 with a tight tolerance, and f from the formula."""
     model = LogisticRegression(C=1 / (strength * len(x)), tol=1e-10, max_iter=20_000)
@@ -69,14 +82,15 @@ def objective(x: torch.Tensor, y: torch.Tensor, head: np.ndarray, strength: floa
     return -likelihood.mean() + strength / 2 * (head[:, :-1] ** 2).sum()
 
 
-KINDS = ["random", "overlapping", "conditioned", "deficient", "separable", "rare", "wide"]
+KINDS = ["random", "overlapping", "conditioned", "deficient", "separable", "rare", "wide",
+         "encoder"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_strengths_reach_scikit_learns_optimum(kind):
     x, y = problem(kind)
     strengths = torch.tensor([0.1, 1e-5, 10.0, 1e-3, 1e-4, 1e-2], dtype=torch.float64)
-    found = solve(x, y, 4, strengths)
+    found = solve(x, y, int(y.max()) + 1, strengths)
     assert found.suboptimality.max() <= 1e-6
     for strength, head, value in zip(
         strengths.tolist(), found.heads.numpy(), found.objective.tolist(), strict=True

@@ -14,12 +14,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 from fastproj.runs import journal
-from tests.faults.killed import TRAIN, compared, prepared, spent, start, to_the_end, trained
+from tests.faults.entries import PAGE, small_disk
+from tests.faults.killed import (
+    TRAIN,
+    compared,
+    evaluated,
+    prepared,
+    spent,
+    start,
+    to_the_end,
+    trained,
+)
 from tests.support.network import mounted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -127,6 +138,43 @@ def remove_folder_under_trainer(seed: int, folder: Path) -> str:
     if _after(process, random.Random(seed).uniform(0, seconds)):
         shutil.rmtree(place / "r", ignore_errors=True)
     return _ended(process, place) or _on(whole, place)
+
+
+def fill_disk_under_commands(seed: int, folder: Path) -> str:
+    """disk full at a page of what train, evaluate, export, report write; the same commands again"""
+    commands = [[*TRAIN, "--run.dir", "disk"], ["evaluate", "disk/r", "--eval.baselines", "true"],
+                ["export", "disk/r"], ["report", "disk/r"]]  # fmt: skip
+    whole, _ = prepared(folder, "commands", commands)
+    place = folder / "run"
+    place.mkdir()
+    files = [path for path in (whole / "disk").rglob("*") if path.is_file()]
+    pages = sum(-(-path.stat().st_size // PAGE) for path in files)
+    with small_disk(place, PAGE * random.Random(seed).randint(1, pages)) as disk:
+        for command in commands:
+            process = start(command, place)
+            if wrong := _ended(process, place):
+                return wrong
+            if process.exitcode:
+                break
+        said = (place / "log.txt").read_text()
+        if process.exitcode and "No space left" not in said:
+            return f"the reason: {said[-300:]}"
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        try:
+            for command in commands:
+                to_the_end(command, place)
+        except AssertionError as error:
+            return f"the way back: {error}"
+        return compared(whole / "disk", disk, _everything)
+
+
+def _everything(folder: Path) -> dict[str, Any]:
+    run = folder / "r"
+    made = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    export = (run / "export" / "model.safetensors").read_bytes()
+    scores = evaluated(folder)
+    del scores["eval.json/checkpoint/sha256"]  # of a file that says when it was written
+    return trained(folder) | scores | {"files": sorted(made), "export": export}
 
 
 def lose_network_store_under_trainer(seed: int, folder: Path) -> str:

@@ -146,7 +146,7 @@ def kill_checkpoint_writer(seed: int, folder: Path) -> str:
 
 
 @contextmanager
-def _disk(folder: Path, size: int) -> Iterator[Path]:
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """A file system of ``size`` bytes in memory; root may mount it."""
     place = folder / "disk"
     place.mkdir(exist_ok=True)
@@ -159,7 +159,7 @@ def _disk(folder: Path, size: int) -> Iterator[Path]:
 
 def _pages(folder: Path, source: Source) -> int:
     """What a beton and its manifest take of a disk: less than their length, for they have holes."""
-    with _disk(folder, 1 << 26) as disk:
+    with small_disk(folder, 1 << 26) as disk:
         write(source, disk, Store("raw"))
         space = os.statvfs(disk)
         return space.f_blocks - space.f_bfree
@@ -169,7 +169,7 @@ def fill_disk_under_beton_writer(seed: int, folder: Path) -> str:
     """disk full at a page of a beton or its manifest, beside an older pair (seed = pages left)"""
     old, new = _sources()
     room = seed % _pages(folder, new)
-    with _disk(folder, PAGE * (_pages(folder, old) + room)) as disk:
+    with small_disk(folder, PAGE * (_pages(folder, old) + room)) as disk:
         write(old, disk, Store("raw"))
         before = _pair(disk)
         lost = _refused(lambda: write(new, disk, Store("raw")))
@@ -182,7 +182,7 @@ def fill_disk_under_beton_writer(seed: int, folder: Path) -> str:
 def write_to_a_read_only_disk(seed: int, folder: Path) -> str:
     """beton and checkpoint written to a file system that has become read-only"""
     old, new = _sources()
-    with _disk(folder, 1 << 22) as disk:
+    with small_disk(folder, 1 << 22) as disk:
         write(old, disk, Store("raw"))
         checkpoint.save(checkpoint.step_path(disk, 1), {"step": seed}, keep=1)
         before = {path.name: path.read_bytes() for path in disk.iterdir()}
@@ -195,4 +195,8 @@ def write_to_a_read_only_disk(seed: int, folder: Path) -> str:
 
 
 Entry = Callable[[int, Path], str]
-NEED_ROOT = {"fill_disk_under_beton_writer", "write_to_a_read_only_disk"}
+NEED_ROOT = {
+    "fill_disk_under_beton_writer",
+    "fill_disk_under_commands",
+    "write_to_a_read_only_disk",
+}

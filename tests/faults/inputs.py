@@ -24,7 +24,18 @@ from fastproj.reporting.read import read_run
 from fastproj.runs import checkpoint, journal, resume
 from fastproj.runs.command import open_run
 from fastproj.runs.folder import RunFolder
-from fastproj.settings import BENCH, DEMO, EMBED, PREPARE, REPORT, RUN, STUDY, load
+from fastproj.settings import (
+    BENCH,
+    DEMO,
+    EMBED,
+    PREPARE,
+    REPORT,
+    RUN,
+    SEGMENT,
+    STUDY,
+    TRANSFER,
+    load,
+)
 from fastproj.study import build_plan
 from fastproj.training.build import build_trainer
 from tests.faults.betons import adopted_files, beton_bits, beton_tables, manifests
@@ -84,7 +95,8 @@ def yaml_settings(folder: Path) -> Fuzzed:
 def command_lines(folder: Path) -> Fuzzed:
     """command lines of every command"""
     schemas = {"train": RUN, "evaluate": RUN, "export": RUN, "embed": EMBED, "study": STUDY,
-               "report": REPORT, "prepare": PREPARE, "demo": DEMO, "bench": BENCH}  # fmt: skip
+               "report": REPORT, "prepare": PREPARE, "demo": DEMO, "bench": BENCH,
+               "transfer": TRANSFER, "segment": SEGMENT}  # fmt: skip
     names = sorted({f"--{name}" for schema in schemas.values() for name in schema.params})
     value = st.sampled_from([*LINES, "null", "cifar", "simclr", "1,2", str(folder), "--", "-h"])
     name = st.sampled_from([*names, "--cfg", "--debug", "--plugins", "--help", "--run.resume"])

@@ -188,7 +188,7 @@ def trained(folder: Path) -> dict[str, Any]:
     return state | {"losses": [(event["step"], event["loss"]) for event in steps]}
 
 
-def _evaluated(folder: Path) -> dict[str, Any]:
+def evaluated(folder: Path) -> dict[str, Any]:
     """All of eval.json but times, and the predictions."""
     run = RunFolder(folder / "r")
     scores = _flat("eval.json", json.loads(run.evaluation.read_text()))
@@ -207,7 +207,7 @@ def kill_trainer(seed: int, folder: Path) -> str:
 
 def kill_evaluate(seed: int, folder: Path) -> str:
     """SIGKILL of evaluate; the same command again: eval.json but for times, and predictions"""
-    return _try(seed, folder, EVALUATE, [TRAIN], _evaluated)
+    return _try(seed, folder, EVALUATE, [TRAIN], evaluated)
 
 
 def kill_study(seed: int, folder: Path) -> str:

@@ -6,6 +6,7 @@ from tests.faults.disturbed import (
     FAKETIME,
     change_data_under_trainer,
     cut_data_under_trainer,
+    fill_disk_under_commands,
     jump_clock_under_trainer,
     lose_network_store_under_trainer,
     remove_folder_under_trainer,
@@ -39,6 +40,7 @@ ENTRIES: dict[str, Entry] = {
         lose_network_store_under_trainer,
         train_long,
         fill_disk_under_beton_writer,
+        fill_disk_under_commands,
         write_to_a_read_only_disk,
     )
 }

@@ -180,11 +180,14 @@ def test_without_dropping_each_sample_comes_once_in_the_files_order(world: int) 
 
 def test_a_last_small_batch_is_read_by_every_engine(small: Beton) -> None:
     for engine in engines(small):
-        with open_loader(
-            small, [Center(20)], 32, engine=engine, shuffle=False, drop_last=False
-        ) as loader:
+        given = {"engine": engine, "shuffle": False, "drop_last": False}
+        with open_loader(small, [Center(20)], 32, **given) as loader:
             batches = list(loader)
         assert [len(batch.labels) for batch in batches] == [32, 32, 11]
+        with open_loader(small, [Center(20)], 32, rank=1, world_size=2, **given) as loader:
+            *_, last = second = list(loader)
+        assert [len(batch.labels) for batch in second] == [32, 0]  # the first rank has the rest
+        assert last.crops[0].shape == (0, 3, 20, 20) and len(last.index) == 0
         # The whole image at its own size: the stored pixels, untouched.
         pixels = torch.cat([batch.crops[0] for batch in batches]).movedim(1, -1)
         stored = np.stack([small.stored(i) for i in range(75)]).reshape(75, 20, 20, 3)
@@ -452,7 +455,7 @@ def test_auto_takes_resident_where_it_fits_a_gpu(
 
 def test_resident_reads_the_set_in_pieces(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_loader(small, GROUPS, 8, engine="resident")
-    monkeypatch.setattr(resident, "CHUNK", 16)  # 75 images: four pieces and a rest
+    monkeypatch.setattr(resident, "CHUNK", 16 * 1200)  # 75 images: four pieces and a rest
     pieces = open_loader(small, GROUPS, 8, engine="resident", workers=2)
     assert isinstance(whole, ResidentLoader) and isinstance(pieces, ResidentLoader)
     assert torch.equal(whole.images, pieces.images)
@@ -549,8 +552,9 @@ def test_each_loader_says_why_it_was_chosen(small: Beton) -> None:
         return open_loader(small, GROUPS, 800, drop_last=False, **options).reason
 
     # Three batches of 800 images, each with two crops of 32 px and three of 16.
-    assert reason() == "stream: the device is a CPU; at most 20 MB for batches in progress"
-    assert reason(engine="stream") == "stream: as requested; at most 20 MB for batches in progress"
+    says = "threads crop; 20 MB for batches in progress"
+    assert reason() == f"stream: the device is a CPU; {says}"
+    assert reason(engine="stream") == f"stream: as requested; {says}"
     assert reason(engine="resident") == "resident: as requested"
 
 

@@ -38,7 +38,9 @@ if __name__ == "__main__":
     Path.replace = counted
     write(digit_like(np.random.default_rng(1), 6, 8, 2), out, Store("raw"))
 """
-OLD, NEW = (digit_like(np.random.default_rng(seed), count, 8, 2) for seed, count in ((0, 4), (1, 6)))
+OLD, NEW = (
+    digit_like(np.random.default_rng(seed), count, 8, 2) for seed, count in ((0, 4), (1, 6))
+)
 RENAMES = 3  # of the waiting manifest, the beton and the manifest
 
 

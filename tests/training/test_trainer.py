@@ -97,6 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch norm per view, small crops": {
         "objective": "swav", "bn_per_view": True, "local_crops": 2, "loss": {"weight_norm": True},
     },
+    "batch norm per view, in parts": {"bn_per_view": True, "accumulate": 2},
     "batch norm per view, compiled": {
         "bn_per_view": True, "backend": "aot_eager", "noise": "learned", "sigma": 1e-12,
     },
