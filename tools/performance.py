@@ -57,6 +57,8 @@ RATIOS = (
     Ratio("decode and two exact crops", "loaders", "224 px, jpeg", "", "decode alone"),
     Ratio("the same", "loaders", "224 px, jpeg", "", "torch DataLoader"),
     Ratio("the same", "loaders", "224 px, jpeg", "", "FFCV"),
+    Ratio("decode, two crops, all operations", "chain", "224 px", "", "torch DataLoader + torch"),
+    Ratio("the same", "chain", "224 px", "", "torch DataLoader + lightly"),
     Ratio("views at 32 px, all operations", "views", "32 px", "", "kornia"),
     Ratio("views at 224 px, all operations", "views", "224 px", "", "kornia"),
     Ratio(
@@ -66,6 +68,16 @@ RATIOS = (
     Ratio("sparse head at the paper's size", "heads", "", "", "relu"),
     Ratio("a grid of linear probes", "probe", "epochs", "", "one by one"),
     Ratio("logistic regression, 16 strengths", "probe", "strengths", "", "scikit-learn"),
+    Ratio("kNN, 10,000 queries", "neighbors", "", "", "scikit-learn"),
+    Ratio("the same", "neighbors", "", "", "faiss"),
+    Ratio(
+        "an epoch of a published probe",
+        "published",
+        "small",
+        "ours, 1 learning rate(s), float32",
+        "torch DataLoader",
+    ),
+    Ratio("photographs with boxes for a detector", "detection", "boxes, batch", "", "the same on"),
 )
 
 HEAD = """\

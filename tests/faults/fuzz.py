@@ -86,6 +86,8 @@ def _try_all(
             if error is None:
                 told.send("")
             else:
+                if isinstance(error, BaseExceptionGroup):  # a failure that did not come again
+                    error = error.exceptions[0]
                 *_, place = traceback.extract_tb(error.__traceback__)
                 told.send(f"{type(error).__name__}: {error} ({place.name}, {place.line})")
 
