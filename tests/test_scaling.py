@@ -150,13 +150,15 @@ def test_a_table_has_what_its_formula_gives(row: str) -> None:
     assert f"\n{row}\n" in PAGE
 
 
-def test_the_decoding_rate_is_near_the_measured_one() -> None:
+def test_the_decoding_rate_beside_the_assumed_one_is_the_measured_one() -> None:
     rates = []
     for file in (ROOT / "docs").glob("bench-cpu*.json"):
         bench = json.loads(file.read_text("utf-8"))
         rates += [row["rate"] / bench["settings"]["workers"]
                   for row in bench["rows"] if row["engine"] == "decode alone"]  # fmt: skip
-    assert median(rates) == pytest.approx(DECODE, rel=0.2)
+    (said,) = re.findall(r"an AMD EPYC, decodes ([\d,]+)\.", PAGE)
+    assert float(said.replace(",", "")) == pytest.approx(median(rates), abs=5)
+    assert median(rates) > DECODE
 
 
 def test_the_predicted_rate_is_the_middle_of_the_predicted_epochs() -> None:
