@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastproj.bench.__main__ import main
@@ -16,6 +18,8 @@ from fastproj.bench.gpu.cifar10 import run_name
 from fastproj.bench.gpu.command import PARTS
 from fastproj.bench.gpu.record import Check, Figure, NotMeasuredError, Record, figure
 from fastproj.core.errors import SettingError
+from fastproj.prepare.encode import Store
+from tests.support.betons import digit_like, write_here
 
 ROOT = Path(__file__).parents[2]
 SCALING = (ROOT / "docs" / "scaling.md").read_text("utf-8")
@@ -168,11 +172,29 @@ def test_the_whole_runs_with_few_packages_and_leaves_figures_that_are_predicted(
              for one in item["found"]]  # fmt: skip
     assert len(names) == len(set(names))
     for predicted in maker.predictions(SCALING):  # on a CPU the batches are of 4
+        if "batch" not in predicted:
+            continue
         tiny = predicted.rpartition(" ")[0] + " 4, "
         assert [name for name in names if name.startswith(tiny) and name.endswith(", an epoch")]
     page = maker.page(results, SCALING)
     for name in names:
         assert name in page
+
+
+@pytest.mark.slow
+def test_the_accuracy_of_given_images_is_measured(tmp_path: Path, maker: Any) -> None:
+    for split, count in (("train", 48), ("val", 24)):
+        source = digit_like(np.random.default_rng(count), count, 32, 4)
+        write_here(replace(source, split=split), tmp_path, Store("raw"))
+    main(["gpu", "--bench.out", str(tmp_path / "out"), "--bench.tiny", "true", "--bench.device",
+          "cpu", "--bench.workers", "1", "--bench.part", "cifar10", "--bench.items", "accuracy",
+          "--bench.small", str(tmp_path / "train.beton")])  # fmt: skip
+    (item,) = json.loads((tmp_path / "out" / "cifar10.json").read_text())["items"]
+    assert not item["error"] and not item["missing"]
+    known = maker.predictions(SCALING)
+    goals = {one["name"]: maker.of(one["name"], known).goal for one in item["found"]}
+    assert goals == {"CIFAR-10 fast, linear top-1": "90 %", "CIFAR-10 fast, training": "10 min"}
+    assert 0 <= item["found"][0]["median"] <= 100 and item["found"][1]["median"] > 0
 
 
 def test_the_page_is_what_the_script_writes_now(maker: Any) -> None:
