@@ -25,8 +25,9 @@ is not in the table has not been counted here.
 
 Fuzzed input is drawn by hypothesis from one seed (the C code's by a seed per case): real files, of
 which bytes, lines or entries are changed. Led by coverage means that atheris, a libFuzzer for
-Python, changes what hypothesis draws from and keeps what reaches new branches. A case survives if it is refused in one line, or read as
-what it was; a crash, a traceback, more than 10 s of processor time, 60 s of waiting or 1 GiB of memory are losses.
+Python, changes what hypothesis draws from and keeps what reaches new branches. A case survives if
+it is refused in one line, or read as what it was; a crash, a traceback, more than 10 s of processor
+time, 60 s of waiting or 1 GiB of memory are losses.
 
 Two hosts are two network namespaces on one machine, joined by a virtual link, with a torchrun each
 (`pytest -m "" tests/commands/test_two_hosts.py`, as root): a link cut for five seconds changes no
