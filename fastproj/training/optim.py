@@ -245,11 +245,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     groups = [dict(group) for group in state["param_groups"]]
     for group, own in zip(groups, known, strict=False):  # their number is torch's to compare
         group |= {name: own[name] for name in HOW if name in own}
-    optimizer.load_state_dict({**state, "param_groups": groups})
-    for group, own in zip(optimizer.param_groups, known, strict=True):
         for name in own.keys() - {"params", "lr", *HOW}:
             if group.setdefault(name, own[name]) != own[name]:  # an older torch has fewer
                 raise InputError(f"the optimizer's {name} is {group[name]}, not {own[name]}")
+    optimizer.load_state_dict({**state, "param_groups": groups})
     entries = {name for of_one in optimizer.state.values() for name in of_one}
     for parameter, of_one in optimizer.state.items():
         for name in entries:
