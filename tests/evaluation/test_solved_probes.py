@@ -14,6 +14,7 @@ from torch import nn
 
 from fastproj.bench.probe import correlated
 from fastproj.core.errors import InputError
+from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes import softmax
 from fastproj.evaluation.probes.least_squares import least_squares, ridge
@@ -24,6 +25,9 @@ from fastproj.evaluation.probes.sgd import linear_probe
 from fastproj.evaluation.probes.shots import draw, few_shot
 from fastproj.evaluation.probes.softmax import certify, solve
 from fastproj.models.encoders import build_encoder
+from fastproj.prepare.encode import Store
+from fastproj.prepare.sources import open_sources
+from tests.support.betons import write_here
 
 
 def as_features(x, y) -> Features:
@@ -212,6 +216,17 @@ def test_logistic_scores_as_scikit_learn_at_the_strength_that_it_chose(digits):
     assert chosen["suboptimality"] <= result.protocol["tolerance"] == 1e-6
     assert len(chosen["iterations"]) == 4
     assert chosen["holdout_images"] == 60 and not chosen["tie"]
+
+
+def test_the_demos_raw_pixels_are_solved_to_the_weakest_strength(tmp_path):
+    """Nearly separable: float64 has to shorten a step by more than a hundred thousand times."""
+    train, val = (
+        Extractor(16, torch.device("cpu")).raw(write_here(source, tmp_path, Store("raw")))
+        for source in open_sources("digits", tmp_path, "all", False)
+    )
+    found = logistic(train, val).protocol
+    assert found["strengths"][0] == 1e-5
+    assert found["chosen"]["suboptimality"] <= found["tolerance"]
 
 
 @pytest.mark.parametrize("probe", [logistic, ridge])

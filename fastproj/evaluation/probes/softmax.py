@@ -41,6 +41,8 @@ FEW = 6  # strengths: so many or more are solved in turns
 PACE = 8  # steps from which the pace of a preconditioner is known
 COST = 9  # of making one for d features and N rows: COST d²/N passes of one head, on a CPU
 GAIN = 3  # times its cost: what the passes to come must cost before one is made
+# A step shortened so often in a row: rounding hides the descent. Nearly separable rows need many.
+SHORTENED = {torch.float32: 5, torch.float64: 25}
 CLOSE = 1e-3  # an intercept's step after which float32 brings it no further
 
 
@@ -274,8 +276,7 @@ def _lbfgs(
         length = torch.where(taken, 1.0, secant.minimum(length / 2))
         shortened = torch.where(taken, 0, shortened + 1)
         away = (gap / (tolerance * value)).log()
-        # Five in a row: rounding hides the descent.
-        done = (taken & (away <= 0)) | (shortened >= 5)
+        done = (taken & (away <= 0)) | (shortened >= SHORTENED[kind])
         found[active] = at
         if done.all():
             break
