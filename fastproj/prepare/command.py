@@ -128,16 +128,18 @@ def _write(settings: PrepareSettings, command: str) -> int:
     skip, workers = data.on_error == "skip", data.workers or cores()
     with SplitWriter(store, workers, skip, index, data.max_pixels) as writer:
         for source in sources:
+            whole = f"{source.split}.beton"
             for shard in shards:
                 start = time.perf_counter()
                 manifest = writer.write(source, out, data.dataset, command, shard)
-                name = shard_name(source.split, shard[0]) if of > 1 else f"{source.split}.beton"
+                name = shard_name(source.split, shard[0]) if of > 1 else whole
                 _say(out / name, manifest, writer.gray, time.perf_counter() - start)
-            old = left_behind(out, source.split, of) if of > 1 else []
+            old = left_behind(out, source.split, of)
             if old:
+                written = set_name(source.split, of) if of > 1 else whole
                 print(
                     f"note: of a set of more files {len(old)} are left, from {old[0]} on, and no "
-                    f"part of {set_name(source.split, of)}: remove them",
+                    f"part of {written}: remove them",
                     file=sys.stderr,
                 )
     return 0

@@ -38,5 +38,6 @@ def identity(source: Source, store: Store, *settings: str | int) -> str:
 
 def left_behind(out: Path, split: str, of: int) -> list[Path]:
     """The files of a set of more files that was written to ``out`` before."""
+    first = of if of > 1 else 0  # a set of one file has no number in its name
     found = (re.fullmatch(rf"{split}-(\d{{5}})\.beton", path.name) for path in out.iterdir())
-    return sorted(out / match[0] for match in found if match and int(match[1]) >= of)
+    return sorted(out / match[0] for match in found if match and int(match[1]) >= first)

@@ -261,6 +261,11 @@ def test_fewer_shards_over_more_leave_files_that_are_named(
     with pytest.raises(InputError, match=r"shard 0 of 3, but 5 files are named"):
         open_beton(tmp_path / "val-{00000..00004}.beton")
 
+    note = prepare()  # one file over several
+    left = r"note: .* 5 are left, from .*val-00000.beton on, and no part of val.beton: remove them"
+    assert re.fullmatch(left, note)
+    assert len(open_beton(tmp_path / "val.beton")) == 360
+
     prepare("--shard", "0/5")  # more over fewer, half done
     with pytest.raises(InputError, match=r"val-00001.beton \(shard 1 of 3\) and .*\(shard 0 of 5"):
         open_beton(tmp_path / "val-{00000..00004}.beton")
