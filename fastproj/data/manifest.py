@@ -223,6 +223,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether the file is a manifest, of this version or another."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"format", "content"} <= content.keys()
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest at ``path`` and check every value.
 

@@ -20,6 +20,7 @@ from fastproj.data.manifest import (
     FORMAT,
     Manifest,
     Shard,
+    is_manifest,
     mean_and_std,
     pack_hashes,
     pack_names,
@@ -90,6 +91,12 @@ class SplitWriter:
         if of > 1:
             source, beton = part(whole, number, of), out / shard_name(source.split, number)
         described, histogram = beton.with_suffix(".json"), np.zeros((3, 256), np.int64)
+        # Beside its beton a manifest may be damaged, and is written again.
+        if described.exists() and not beton.exists() and not is_manifest(described):
+            raise InputError(
+                f"{described}: would be overwritten, and is no manifest of fastproj: move it away, "
+                "or give another folder"
+            )
         unreadable: dict[int, str] = {}
         count = len(source.labels)
         square = self.store.kind == "square"

@@ -541,6 +541,23 @@ def test_an_output_folder_that_cannot_be_is_one_line(tmp_path):
         main(["--dataset", "digits", "--out", str(tmp_path / "file" / "out")])
 
 
+def test_a_json_of_somebody_elses_is_not_overwritten(tmp_path):
+    given = ["--dataset", "digits", "--split", "val", "--out", str(tmp_path), "--workers", "1"]
+    described = tmp_path / "val.json"
+    for theirs in ('{"images": [], "annotations": []}', "[1]", "no JSON", ""):
+        described.write_text(theirs)
+        with pytest.raises(InputError, match=r"val\.json: .* no manifest of fastproj: move it"):
+            main(given)
+        assert described.read_text() == theirs and os.listdir(tmp_path) == ["val.json"]
+    described.unlink()
+    assert main(given) == 0
+    manifest = described.read_text()
+    described.write_text(manifest[:100])  # damaged, beside its beton: written again
+    assert main(given) == 0 and described.read_text() == manifest
+    (tmp_path / "val.beton").unlink()
+    assert main(given) == 0 and described.read_text() == manifest
+
+
 @pytest.fixture
 def slow_write(tmp_path):
     """A command that is busy for a long while: 600 links to one large image, two workers."""
