@@ -205,11 +205,11 @@ def write_beton(
 ) -> Beton:
     """Write ``source`` as ``out/<split>.beton`` with its manifest, and open it.
 
-    ``store`` None: pixels as they are given stay raw, files become JPEG of quality 90. ``dataset``
-    is kept in the manifest. ``workers`` processes encode (0: one per core); a script that calls
-    this needs ``if __name__ == "__main__":``, because they import it. With ``skip``, unreadable
-    images are left out. Raises ``InputError`` for images that cannot be read or a folder that
-    cannot be written.
+    ``store`` None: an array of pixels stays raw, files and what ``Lazy`` reads become JPEG of
+    quality 90. ``dataset`` is kept in the manifest. ``workers`` processes encode (0: one per core);
+    a script that calls this needs ``if __name__ == "__main__":``, because they import it. With
+    ``skip``, unreadable images are left out. Raises ``InputError`` for images that cannot be read
+    or a folder that cannot be written.
     """
     if store is None:
         raw = isinstance(source.images, np.ndarray)
@@ -224,10 +224,9 @@ def _read(source: Source, number: int) -> Item | Unreadable:
     """An image, or why its source does not give it."""
     try:
         return source.images[number]
-    except InputError:
-        raise
     except Exception as error:  # a damaged page or member, or code of the user's
-        return Unreadable(" ".join(f"{type(error).__name__}: {error}".split()))
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return Unreadable(" ".join(f"{kind}{error}".split()))
 
 
 def make_folder(path: Path) -> Path:

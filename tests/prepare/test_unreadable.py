@@ -1,5 +1,6 @@
 """Sources whose images cannot be read: named, or left out, as a damaged file is."""
 
+import io
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,39 @@ def test_a_damaged_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"cannot read .*train\[0\].*fix it, or leave it out"):
         main(given("parquet", tmp_path, tmp_path / "out"))
+
+
+def test_a_row_without_an_image_is_left_out(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    content = io.BytesIO()
+    photograph(RNG, 20, 20).save(content, "PNG")
+    images = [content.getvalue(), None, content.getvalue()]
+    parquet.write_table(pa.table({"image": images, "label": [0, 1, 1]}), tmp_path / "a.parquet")
+    arguments = given("parquet", tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match=r"cannot read all\[1\]: .*has no image; fix it, or leave"):
+        main(arguments)
+    assert main([*arguments, "--on_error", "skip"]) == 0
+    assert open_beton(tmp_path / "out" / "all.beton").label.tolist() == [0, 1]
+
+
+class OneOfFloats:
+    targets = (0, 1, 0, 1)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, at: int):
+        return np.full((8, 8, 3), at, np.float32 if at == 1 else np.uint8), at % 2
+
+
+def test_an_item_of_other_pixels_is_left_out(tmp_path: Path) -> None:
+    arguments = given(f"{__name__}:OneOfFloats", tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match=r"cannot read all\[1\]: .*is float32 .*leave it out with"):
+        main(arguments)
+    assert main([*arguments, "--on_error", "skip"]) == 0
+    assert open_beton(tmp_path / "out" / "all.beton").label.tolist() == [0, 0, 1]
 
 
 def test_a_function_of_the_users_that_fails_is_named(
