@@ -70,10 +70,14 @@ def test_an_archive_whose_names_lead_outside_writes_nothing(kind: str, tmp_path:
     names = ["../../cat/0.png", f"{tmp_path}/dog/0.png", "cat/../../../1.png"]
     path = inside / f"set.{kind}"
     if kind == "tar":
+        for kind_of_link in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            with tarfile.open(path, "w") as tar:
+                link = tarfile.TarInfo("dog/2.png")
+                link.type, link.linkname = kind_of_link, "/etc/passwd"
+                tar.addfile(link)
+            with pytest.raises(InputError, match="dog/2.png is a link to /etc/passwd"):
+                open_sources("archive", path)
         with tarfile.open(path, "w") as tar:
-            link = tarfile.TarInfo("dog/2.png")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            tar.addfile(link)
             for name in names:
                 member = tarfile.TarInfo(name)
                 member.size = len(image.getvalue())

@@ -28,8 +28,8 @@ from fastproj.data.manifest import (
     pack_names,
     write_manifest,
 )
+from fastproj.prepare.sources import numbered
 
-MOST_CLASSES = 1_000_000  # that are named after their labels
 CHUNK = 64  # samples that one thread reads at a time
 
 
@@ -57,13 +57,7 @@ def adopt(
     found = read_fields(path, data)
     image, label = choose_fields(path, found, fields)
     rows = read_rows(path, data, found, image, label)
-    top = int(rows.label.max(initial=-1))
-    if classes is None and top >= MOST_CLASSES:
-        raise InputError(
-            f"{path}: a label is {top}: it is damaged, {label} is no class, or name the classes "
-            "with --data.classes"
-        )
-    named = tuple(classes) if classes is not None else tuple(map(str, range(top + 1)))
+    named = tuple(classes) if classes is not None else numbered(rows.label, path)
     modes = {bool(mode == JPEG) for mode in rows.image["mode"]}
     manifest = Manifest(
         format=FORMAT,

@@ -4,10 +4,10 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from fastproj.core.errors import InputError
 from fastproj.prepare.sources import (
@@ -16,14 +16,16 @@ from fastproj.prepare.sources import (
     Lazy,
     Source,
     by_name,
-    same_classes,
-    split_of,
+    by_split,
+    split_folders,
+    word_of,
 )
 
 
 class Member(NamedTuple):
-    """A file in an archive: its name there, and what reads its content."""
+    """A file in an archive: the archive, the file's name there, and what reads its content."""
 
+    archive: Path
     name: str
     read: Callable[[], bytes]
 
@@ -31,34 +33,42 @@ class Member(NamedTuple):
 def archive(root: Path, split: str, download: bool) -> list[Source]:
     """A tar or zip of ``[train|val/]<class>/…/<image>``, below a common folder or not.
 
-    ``root`` is the file, or a folder with files ``train.*`` and ``val.*``. Images without a folder
-    have no labels.
+    ``root`` is the file, or a folder with files ``train*`` and ``val*``; several of a split are
+    one after the other. Images without a folder have no labels.
     """
-    sources = []
-    for path, ours in _files(root, (".tar", ".zip")):
-        images = sorted(
-            (m for m in _members(path) if m.name.lower().endswith(SUFFIXES)), key=lambda m: m.name
-        )
+    found: list[tuple[str, tuple[str, Member]]] = []
+    for path in _files(root, (".tar", ".zip")):
+        inside = (m for m in _members(path) if m.name.lower().endswith(SUFFIXES))
+        images = sorted(inside, key=lambda member: member.name)
         if not images:
             raise InputError(f"{path}: holds no image ({' '.join(SUFFIXES)})")
-        parts = [PurePosixPath(member.name).parts for member in images]
-        while min(map(len, parts)) > 2 and len({part[0] for part in parts}) == 1:
-            if parts[0][0] in FOLDERS:
-                break  # one split alone
-            parts = [part[1:] for part in parts]  # a common folder
-        by_split: dict[str, list[int]] = {ours: list(range(len(parts)))}
-        if min(map(len, parts)) > 2 and all(part[0] in FOLDERS for part in parts):
-            by_split = {}
-            for number, part in enumerate(parts):
-                by_split.setdefault(FOLDERS[part[0]], []).append(number)
-            parts = [part[1:] for part in parts]
-        for name, chosen in by_split.items():
-            classes = [parts[i][0] if len(parts[i]) > 1 else "" for i in chosen]
-            if "" in classes and any(classes):
-                loose = images[chosen[classes.index("")]].name
-                raise InputError(f"{path}: {loose} lies beside class folders: move it into one")
-            sources.append(_source(name, [images[i] for i in chosen], classes))
-    return same_classes(root, sources)
+        found += _placed(word_of(path.name), images)
+    sources = []
+    for ours, pairs in by_split(root, found, split).items():
+        source = _source(ours, [image for _, image in pairs], [name for name, _ in pairs])
+        if source.classes and (source.labels < 0).any():
+            source = replace(source, classes=("", *source.classes), labels=source.labels + 1)
+        sources.append(source)
+    return sources
+
+
+def _placed(word: str, images: list[Member]) -> Iterator[tuple[str, tuple[str, Member]]]:
+    """The word for the split, the class and the file of each of an archive's images.
+
+    The word is ``word`` where no folder says another; the class of an image alone is empty.
+    """
+    parts = [PurePosixPath(image.name).parts for image in images]
+    while min(map(len, parts)) > 2 and len(top := {part[0] for part in parts}) == 1:
+        if top <= FOLDERS.keys():
+            break  # one split alone
+        parts = [part[1:] for part in parts]  # a common folder
+    nested = {part[0] for part in parts if len(part) > 2}
+    words = split_folders({part[0] for part in parts if len(part) > 1}, nested)
+    for part, image in zip(parts, images, strict=True):
+        if not words:
+            yield word, (part[0] if len(part) > 1 else "", image)
+        elif part[0] in words:
+            yield part[0], (part[1] if len(part) > 2 else "", image)
 
 
 def webdataset(root: Path, split: str, download: bool) -> list[Source]:
@@ -68,11 +78,9 @@ def webdataset(root: Path, split: str, download: bool) -> list[Source]:
     of its ``.cls`` or ``.txt``, or ``label`` (``cls``) in its ``.json``. ``root`` is a tar, or a
     folder of tars, of which those of a split begin with its name (``train-000000.tar``).
     """
-    shards: dict[str, list[Path]] = {}
-    for path, ours in _files(root, (".tar",)):
-        shards.setdefault(ours, []).append(path)
+    shards = [(word_of(path.name), path) for path in _files(root, (".tar",))]
     sources = []
-    for ours, paths in shards.items():
+    for ours, paths in by_split(root, shards, split).items():
         images: list[Member] = []
         found: list[str] = []
         for path in paths:
@@ -85,7 +93,7 @@ def webdataset(root: Path, split: str, download: bool) -> list[Source]:
         if not images:
             raise InputError(f"{paths[0]}: no sample in it")
         sources.append(_source(ours, images, found))
-    return same_classes(root, sources)
+    return sources
 
 
 def _is_image(kind: str) -> bool:
@@ -104,14 +112,19 @@ def _samples(path: Path) -> dict[str, dict[str, Member]]:
 
 
 def _label(path: Path, key: str, parts: dict[str, Member]) -> str:
-    """The text of a sample's label; empty without one."""
+    """The text of a sample's label; empty without one, or where it is null."""
     try:
         for kind in ("cls", "txt"):
             if kind in parts:
                 return parts[kind].read().decode().strip()
         if "json" in parts:
             about: Any = json.loads(parts["json"].read())
-            return str(next((about[name] for name in ("label", "cls") if name in about), ""))
+            if not isinstance(about, dict):
+                raise ValueError(f"its .json is {about!r:.40}, no object with a label")
+            label = next((about[name] for name in ("label", "cls") if name in about), None)
+            if not isinstance(label, int | str | None):
+                raise ValueError(f"{label!r:.40} is neither a whole number nor a name")
+            return "" if label is None else str(label)
     except (UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{path}: the label of sample {key} cannot be read ({error})") from None
     return ""
@@ -119,41 +132,63 @@ def _label(path: Path, key: str, parts: dict[str, Member]) -> str:
 
 def _source(split: str, images: list[Member], found: list[str]) -> Source:
     classes, labels = by_name(found)
-    names = [member.name for member in images]
+    several = len({image.archive for image in images}) > 1  # which may hold files of one name
+    names = [f"{image.archive.name}/{image.name}" if several else image.name for image in images]
     read = Lazy(lambda position: images[position].read(), range(len(images)))
-    return Source(split, classes, read, np.asarray(labels), names)
+    return Source(split, classes, read, labels, names)
 
 
-def _files(root: Path, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
-    """The archives and the split of each: of its name, or ``all``."""
+def _files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if root.is_file():
-        return [(root, split_of(root.name) or "all")]
+        return [root]
     if not root.is_dir():
         raise InputError(f"{root}: no such file or folder; --data.root names the archive")
     paths = sorted(path for path in root.iterdir() if path.name.lower().endswith(suffixes))
     if not paths:
         raise InputError(f"{root}: holds no {' or '.join(suffixes)} file; unpack .gz files first")
-    return [(path, split_of(path.name) or "all") for path in paths]
+    return paths
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """Every file of an uncompressed tar, or of a zip. ``InputError`` where it is damaged."""
+    """Every file of an uncompressed tar, or of a zip, but what a Mac adds to its own.
+
+    ``InputError`` where it is damaged.
+    """
     try:
-        if zipfile.is_zipfile(path):
-            inside = zipfile.ZipFile(path)
-            for name in inside.namelist():
-                if not name.endswith("/"):
-                    yield Member(name, lambda name=name: inside.read(name))  # type: ignore[misc]
-            return
-        with tarfile.open(path, "r:") as tar:  # a compressed one has no places to read from
-            for info in tar:
-                if info.isfile():
-                    start, size = info.offset_data, info.size
-                    yield Member(info.name.removeprefix("./"), _at(path, start, size))
+        for member in _in_zip(path) if zipfile.is_zipfile(path) else _in_tar(path):
+            last = member.name.rpartition("/")[2]
+            if not member.name.startswith("__MACOSX/") and not last.startswith("._"):
+                yield member
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: neither a zip nor an uncompressed tar ({error}): unpack it, or copy it again"
         ) from None
+
+
+def _in_zip(path: Path) -> Iterator[Member]:
+    inside = zipfile.ZipFile(path)
+    for name in inside.namelist():
+        if not name.endswith("/"):
+            yield Member(path, name, partial(inside.read, name))
+
+
+def _in_tar(path: Path) -> Iterator[Member]:
+    places: dict[str, tuple[int, int]] = {}  # where the content of each file lies, and its size
+    with tarfile.open(path, "r:") as tar:  # a compressed one has no places to read from
+        for info in tar:
+            if info.issym() or (info.islnk() and info.linkname not in places):
+                raise InputError(
+                    f"{path}: {info.name} is a link to {info.linkname}, whose content does not "
+                    "stand before it: pack the files themselves, as GNU tar does with "
+                    "--dereference --hard-dereference"
+                )
+            if info.islnk():
+                places[info.name] = places[info.linkname]
+            elif info.isfile():
+                places[info.name] = info.offset_data, info.size
+            else:
+                continue
+            yield Member(path, info.name.removeprefix("./"), _at(path, *places[info.name]))
 
 
 def _at(path: Path, start: int, size: int) -> Callable[[], bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastproj.core.errors import InputError
-from fastproj.prepare.sources import SUFFIXES, Source, same_classes
+from fastproj.prepare.sources import FOLDERS, SUFFIXES, Source, by_split, split_folders
 
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
 IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
@@ -19,44 +19,40 @@ WNID = re.compile(r"n\d{8}")
 def folder(root: Path, split: str, download: bool) -> list[Source]:
     """``root/[train|val/]<class>/…/<image>``; classes are the sorted names of the folders.
 
-    The folder of split ``val`` may be named ``test``. A folder of images alone has no labels.
+    The folder of a split goes by any word in ``SPLITS``, as ``test`` for ``val``. A folder of
+    images alone has no labels.
     """
-    # A class may be named "train". A split's folder holds folders or, beside another split's that
-    # does, images; a class's holds images.
-    splits = _split_folders(root)
-    if not any(map(_subfolders, splits.values())) and set(splits) != {"train", "val"}:
-        splits = {}
-    return _read(root, splits, _subfolders)
+    words = _split_words(root)
+    nested = [word for word in words if _subfolders(root / word)]
+    return _read(root, split_folders(words, nested), split, _subfolders)
 
 
 def imagenet(root: Path, split: str, download: bool) -> list[Source]:
     """``root/train/<wnid>/<image>`` and ``root/val/<wnid>/<image>``, 1000 classes."""
-    splits = _split_folders(root)
-    if not splits:
+    words = _split_words(root)
+    if not words:
         raise InputError(f"{root}: has neither train nor val; expected {root}/train/<wnid>/…")
-    return _read(root, splits, _imagenet1000)
+    return _read(root, words, split, _imagenet1000)
 
 
 def imagenet100(root: Path, split: str, download: bool) -> list[Source]:
     """The 100 classes of ImageNet-100 in a folder with ImageNet's layout."""
-    return _read(root, _split_folders(root), _imagenet100)
+    return _read(root, _split_words(root), split, _imagenet100)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_words(root: Path) -> list[str]:
+    """The folders in ``root`` that are named by a word for a split."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data.root names the folder of the images")
-    test = "val" if (root / "val").is_dir() else "test"
-    splits = {"train": root / "train", "val": root / test}
-    return {split: folder for split, folder in splits.items() if folder.is_dir()}
+    return [name for name in _subfolders(root) if name in FOLDERS]
 
 
 def _read(
-    root: Path, splits: dict[str, Path], chosen: Callable[[Path], tuple[str, ...]]
+    root: Path, words: list[str], split: str, chosen: Callable[[Path], tuple[str, ...]]
 ) -> list[Source]:
-    """A source per split; all that have labels have the same classes."""
-    places = (splits or {"all": root}).items()
-    found = [_image_folder(root, split, place, chosen(place)) for split, place in places]
-    return same_classes(root, found)
+    """A source per split, of its folder's ``chosen`` classes; without words, of ``root``."""
+    found = by_split(root, [(word, root / word) for word in words] or [("", root)], split)
+    return [_image_folder(root, ours, place, chosen(place)) for ours, (place,) in found.items()]
 
 
 def _imagenet_classes(folder: Path) -> tuple[str, ...]:
@@ -133,20 +129,15 @@ def _images(place: Path, seen: dict[tuple[int, int], str]) -> list[str]:
 
 def _image_folder(root: Path, split: str, place: Path, classes: tuple[str, ...]) -> Source:
     """Every image below ``place/<class>``, or without classes every image in ``place``."""
-    images: list[str] = []
-    labels: list[int] = []
-    loose = [entry.name for entry in os.scandir(place) if entry.name.lower().endswith(SUFFIXES)]
-    if classes and loose:
-        raise InputError(
-            f"{place}: holds images ({min(loose)}, {len(loose)} in all) beside class folders: move "
-            "them into a class's folder"
-        )
     # A link to where the classes lie, or above, leads back; without classes that is read itself.
     above = (*[place] * bool(classes), *place.absolute().parents)
     seen = {_identity(folder): str(folder) for folder in above}
-    for label, name in enumerate(classes) if classes else [(-1, "")]:
-        found = _images(place / name, seen)
-        images.extend(found)
-        labels.extend([label] * len(found))
+    found = {name: _images(place / name, seen) for name in classes or [""]}
+    beside = (entry for entry in os.scandir(place) if not entry.is_dir())
+    loose = sorted(entry.path for entry in beside if entry.name.lower().endswith(SUFFIXES))
+    if classes and loose:
+        classes, found = ("", *classes), {"": loose, **found}
+    images = [path for paths in found.values() for path in paths]
+    labels = np.repeat(range(len(classes)) if classes else [-1], [*map(len, found.values())])
     names = [os.path.relpath(path, root) for path in images]
-    return Source(split, classes, images, np.array(labels, np.int64), names)
+    return Source(split, classes, images, labels, names)

@@ -1,7 +1,9 @@
 """Raw datasets as lists of images and labels, before anything is decoded."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from fastproj.core.errors import InputError
 from fastproj.core.table import Table, resolve
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-# The folder, file or column of each split goes by one of these names in other people's sets.
+# The folder, file or column of each split goes by one of these words in other people's sets.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 FOLDERS = {name: split for split, names in SPLITS.items() for name in names}
+MOST_CLASSES = 1_000_000  # that are named after their labels
 
 
 class Lazy(Sequence[Any]):
@@ -44,7 +47,8 @@ class Source:
 
     ``images[i]``: a file path, uint8 pixels (H, W, 3), or what ``Lazy`` reads. ``labels``: int64
     (N,), indices into ``classes``, -1 for no label. ``names[i]``: where the image comes from, for
-    messages; by default its path, or its place in the split.
+    messages; by default its path, or its place in the split. The class "" is images that lie beside
+    class folders: ``open_sources`` refuses it unless labels are left out.
     """
 
     split: str
@@ -58,7 +62,14 @@ class Source:
             raise InputError(
                 f"split {self.split}: {len(self.labels)} labels for {len(self.images)} images"
             )
-        object.__setattr__(self, "labels", np.asarray(self.labels, np.int64))
+        labels = np.asarray(self.labels, np.int64)
+        wrong = np.flatnonzero((labels < -1) | (labels >= len(self.classes)))
+        if len(wrong):
+            raise InputError(
+                f"split {self.split}: image {wrong[0]} has the label {labels[wrong[0]]}, and there "
+                f"are {len(self.classes)} classes: labels count from 0, and -1 is no label"
+            )
+        object.__setattr__(self, "labels", labels)
         if not self.names:
             places = [f"{self.split}[{i}]" for i in range(len(self.images))]
             if not isinstance(self.images, Lazy | np.ndarray):
@@ -118,19 +129,22 @@ def open_sources(
         sources = [unlabeled(source) for source in sources]
     if classes is not None:
         sources = [of_classes(source, classes) for source in sources]
+    place = root or dataset
+    _check_splits(place, sources)
     if val_share:
         sources = held_out(sources, val_share, seed)
     chosen = [source for source in sources if split in ("all", source.split)]
     if not chosen:
         there = ", ".join(source.split for source in sources)
         raise InputError(
-            f"{root or dataset}: dataset {dataset} has no split {split}"
+            f"{place}: dataset {dataset} has no split {split}"
             + (f"; found {there}" if there else "")
         )
+    _check_classes(place, chosen)
     for source in chosen:
         if len(source.classes) < 2 and (source.labels >= 0).any():
             raise InputError(
-                f"{root}: {len(source.classes)} class in split {source.split}, a probe needs at "
+                f"{place}: {len(source.classes)} class in split {source.split}, a probe needs at "
                 f"least 2; expected {root}/[train|val/]<class>/<image>, or --data.labels false"
             )
     return chosen
@@ -198,33 +212,97 @@ def held_out(sources: Sequence[Source], share: float, seed: int) -> list[Source]
 
 
 def by_name(found: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, sorted, and labels from one class name per image; empty: no label.
+    """Class names, sorted, and labels from one class name per image; empty or -1: no label.
 
     Whole numbers are sorted as numbers.
     """
-    names = set(found) - {""}
-    number = all(name.lstrip("-").isdecimal() for name in names)
-    classes = tuple(sorted(names, key=lambda name: int(name)) if number else sorted(names))
-    place = {name: label for label, name in enumerate(classes)} | {"": -1}
-    return classes, np.array([place[name] for name in found], np.int64)
+    names = sorted(set(found) - {"", "-1"})
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        names.sort(key=int)
+    place = {name: label for label, name in enumerate(names)} | {"": -1, "-1": -1}
+    return tuple(names), np.array([place[name] for name in found], np.int64)
 
 
-def same_classes(root: Path, sources: list[Source]) -> list[Source]:
-    """``sources``; ``InputError`` unless all with labels have the same classes."""
-    labeled = [source for source in sources if source.classes]
+def numbered(labels: np.ndarray, where: object) -> tuple[str, ...]:
+    """Classes that are named after their labels: "0" to the largest.
+
+    ``InputError``, which begins with ``where``, for a label that no set of classes has.
+    """
+    top = int(labels.max(initial=-1))
+    if top >= MOST_CLASSES:
+        raise InputError(
+            f"{where}: a label is {top}: it is damaged, or no class; {MOST_CLASSES:,} classes are "
+            "the most"
+        )
+    return tuple(map(str, range(top + 1)))
+
+
+def by_split(root: Path, found: Iterable[tuple[str, Any]], split: str) -> dict[str, list[Any]]:
+    """Split -> what was ``found`` with a word for it; the empty word is that of ``all``.
+
+    Only ``split``, if it is there. Where there are several words for a split, as validation and
+    test, the first in ``SPLITS`` is taken, and a note names the others.
+    """
+    groups: dict[str, list[Any]] = {}
+    for word, thing in found:
+        groups.setdefault(word, []).append(thing)
+    named = {**SPLITS, "all": ("",)}
+    there = {ours: [word for word in words if word in groups] for ours, words in named.items()}
+    wanted = [ours for ours in there if there[ours]]
+    if split in SPLITS and split in wanted:
+        wanted = [split]
+    for ours in wanted:
+        first, *others = there[ours]
+        if others:
+            left = " and ".join(others)
+            print(f"note: {root}: split {ours} is {first}, without {left}", file=sys.stderr)
+    return {ours: groups[there[ours][0]] for ours in wanted}
+
+
+def split_folders(folders: Iterable[str], nested: Collection[str]) -> list[str]:
+    """Those of ``folders`` that are of splits; ``nested``: those that hold folders.
+
+    A class may be named "train". A split's folder holds folders or, beside another split's,
+    images; a class's holds images.
+    """
+    words = [name for name in folders if name in FOLDERS]
+    every = {FOLDERS[word] for word in words} == set(SPLITS)
+    return words if every or any(word in nested for word in words) else []
+
+
+def word_of(name: str) -> str:
+    """The word for a split that a file's ``name`` begins with; empty: none."""
+    for word in FOLDERS:
+        if name.lower().startswith((f"{word}-", f"{word}_", f"{word}.")):
+            return word
+    return ""
+
+
+def _check_splits(place: str | os.PathLike, sources: Sequence[Source]) -> None:
+    """``InputError`` where two sources are one split, or images lie beside class folders."""
+    splits = [source.split for source in sources]
+    for source in sources:
+        if splits.count(source.split) > 1:
+            raise InputError(
+                f"{place}: split {source.split} is there {splits.count(source.split)} times, and "
+                "each would be written over the one before: join them"
+            )
+        if "" in source.classes:
+            loose = np.flatnonzero(source.labels == source.classes.index(""))
+            raise InputError(
+                f"{place}: split {source.split} holds images ({source.names[loose[0]]}, "
+                f"{len(loose)} in all) beside class folders: move them into a class's folder, or "
+                "give --data.labels false"
+            )
+
+
+def _check_classes(place: str | os.PathLike, sources: Sequence[Source]) -> None:
+    """``InputError`` unless train and val, if they have labels, have the same classes."""
+    labeled = [source for source in sources if source.split in SPLITS and source.classes]
     for source in labeled[1:]:
         odd = sorted(set(source.classes) ^ set(labeled[0].classes))
         if odd:
-            raise InputError(f"{root}: class {odd[0]} is in one split only; both need every class")
-    return sources
-
-
-def split_of(name: str) -> str | None:
-    """``train`` or ``val`` if a file's ``name`` begins with a word for that split, else None."""
-    for word, split in FOLDERS.items():
-        if name.lower().startswith((f"{word}-", f"{word}_", f"{word}.")):
-            return split
-    return None
+            raise InputError(f"{place}: class {odd[0]} is in one split only; both need every class")
 
 
 def _digits(root: Path, split: str, download: bool) -> list[Source]:

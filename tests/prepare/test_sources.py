@@ -128,8 +128,12 @@ def test_any_dataset_of_a_function(tmp_path: Path, capsys: pytest.CaptureFixture
     assert beton.stored(4).tolist() == [4] * (8 * 9 * 3)
 
 
+class Named(Pairs):
+    classes = Gray.classes
+
+
 def both() -> dict[str, Pairs]:
-    return {"train": Pairs(), "val": Gray()}
+    return {"train": Named(), "val": Gray()}
 
 
 def four_channels() -> list:
@@ -214,7 +218,8 @@ def test_a_set_of_the_hub(folders: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     def snapshot_download(name: str, *, repo_type: str, local_dir: Path, allow_patterns: list):
         asked.update(name=name, repo_type=repo_type, allow_patterns=allow_patterns)
-        as_parquet(folders, Path(local_dir))
+        local_dir.mkdir(exist_ok=True)
+        as_parquet(folders, local_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(InputError, match="no parquet file of hf:a/b; fetch it with"):
@@ -222,6 +227,9 @@ def test_a_set_of_the_hub(folders: Path, tmp_path: Path, monkeypatch: pytest.Mon
     train, val = open_sources("hf:a/b", tmp_path, download=True)
     assert asked == {"name": "a/b", "repo_type": "dataset", "allow_patterns": ["*.parquet"]}
     assert train.classes == val.classes == CLASSES and len(train.labels) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["a--b"]
+    with pytest.raises(InputError, match="no parquet file of hf:a/c; fetch it with"):
+        open_sources("hf:a/c", tmp_path)  # another set in the same folder is not taken for it
 
 
 # --- flat, nested, unlabeled; class lists; val_share ----------------------------------------------
