@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastproj.core.errors import InputError, SettingError
 from fastproj.core.table import nearest
-from fastproj.prepare.sources import SPLITS, Lazy, Source
+from fastproj.prepare.encode import as_rgb
+from fastproj.prepare.sources import SPLITS, Lazy, Source, numbered
 
 STL10_CLASSES = (
     *("airplane", "bird", "car", "cat", "deer"),
@@ -80,6 +81,18 @@ def torchvision_dataset(name: str, root: Path, split: str, download: bool) -> li
         right = nearest(name, datasets.__all__)
         raise SettingError(f"data.dataset: torchvision has no {name!r}; did you mean {right!r}?")
     named = inspect.signature(kind).parameters
+    asked = [
+        one.name
+        for one in named.values()
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+    ]
+    more = [other for other in asked if other not in ("root", "split")]
+    if more or "root" not in named:
+        raise SettingError(
+            f"data.dataset torchvision:{name} is not made from its folder alone"
+            + (f" ({', '.join(more)})" if more else "")
+            + ": write a function that returns it, and give package.module:function"
+        )
     options = {"download": True} if download and "download" in named else {}
     parts: dict[str, list[dict[str, Any]]]
     if "train" in named:
@@ -151,7 +164,7 @@ def of_dataset(dataset: Any, split: str, name: str) -> Source:
         ) from None
     classes = next((getattr(dataset, key) for key in CLASSES if hasattr(dataset, key)), None)
     if classes is None or len(classes) <= labels.max(initial=-1):
-        classes = range(labels.max(initial=-1) + 1)
+        classes = numbered(labels, f"data.dataset {name}")
 
     def read(position: int) -> np.ndarray:
         item = dataset[position]
@@ -180,7 +193,8 @@ def pixels(image: Any, name: str) -> np.ndarray:
     ``name`` begins the message of an ``InputError``.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB") if image.mode not in ("L", "RGB") else image)
+        rgb = as_rgb(image)
+        return np.asarray(rgb.getchannel(0) if rgb.info["gray"] else rgb)
     array = np.asarray(image)
     if hasattr(image, "permute") and array.ndim == 3:  # a tensor
         array = array.transpose(1, 2, 0)

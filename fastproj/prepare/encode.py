@@ -94,13 +94,21 @@ def upright_rgb(item: Item, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if damage:
                 raise ValueError(f"damaged JPEG: {damage}")
         upright = ImageOps.exif_transpose(image)
-    gray = upright.mode.startswith("I") or upright.mode in GRAY
-    if upright.mode.startswith("I"):  # PIL's convert would clip 16 bits to 255: nearly all white
-        wide = np.asarray(upright, np.int64).clip(0, 65535)
-        upright = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    if upright.mode == "F":
+    return as_rgb(upright)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of PIL's modes as 8-bit RGB; ``info["gray"]`` says whether it was gray.
+
+    Raises ``ValueError`` for floating-point pixels.
+    """
+    gray = image.mode.startswith("I") or image.mode in GRAY
+    if image.mode.startswith("I"):  # PIL's convert would clip 16 bits to 255: nearly all white
+        wide = np.asarray(image, np.int64).clip(0, 65535)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
-    rgb = upright.convert("RGB")
+    rgb = image.convert("RGB")
     rgb.info = {"gray": gray}  # without the file's comment, which PIL would store again
     return rgb
 

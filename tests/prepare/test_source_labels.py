@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastproj.core.errors import InputError
+from fastproj.core.errors import InputError, SettingError
+from fastproj.prepare.encode import upright_rgb
 from fastproj.prepare.sources import MOST_CLASSES, Source, by_name, open_sources
 
 PIXELS = np.zeros((2, 4, 4, 3), np.uint8)
@@ -149,4 +150,53 @@ def test_json_without_a_label_that_can_be_is_one_line(
     path = write_samples(tmp_path / "a.tar", ['{"label": 1}', about])
     with pytest.raises(InputError, match=f"label of sample 1 cannot be read .{words}") as why:
         open_sources("webdataset", path)
+    assert "\n" not in str(why.value)
+
+
+# --- Datasets ------------------------------------------------------------------------------------
+
+
+def huge_label() -> list:
+    return [(PIXELS[0], 0), (PIXELS[0], 1 << 21)]
+
+
+def negative_label() -> list:
+    return [(PIXELS[0], 0), (PIXELS[0], -5)]
+
+
+def test_labels_of_a_dataset_that_cannot_be_classes() -> None:
+    with pytest.raises(InputError, match="huge_label: a label is 2097152: it is damaged"):
+        open_sources(f"{__name__}:huge_label")
+    with pytest.raises(InputError, match="image 1 has the label -5"):
+        open_sources(f"{__name__}:negative_label")
+
+
+WIDE = np.linspace(0, 65535, 48).reshape(6, 8).round()
+
+
+def wide_images() -> list:
+    kinds = (np.uint16, np.int32, np.float32)  # PIL's modes I;16, I and F
+    return [(Image.fromarray(WIDE.astype(kind)), label) for label, kind in enumerate(kinds)]
+
+
+def test_a_datasets_wide_images_keep_their_range(tmp_path: Path) -> None:
+    (source,) = open_sources(f"{__name__}:wide_images")
+    for i in (0, 1):
+        read = source.images[i]
+        assert np.array_equal(read, np.rint(WIDE / 257).astype(np.uint8))
+        image = upright_rgb(read)
+        assert image.info["gray"] and image.size == (8, 6)
+    with pytest.raises(ValueError, match="floating-point pixels have no defined range"):
+        source.images[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("CocoDetection", r" \(annFile\)"), ("FakeData", ""), ("PhotoTour", ".*")]
+)
+def test_a_set_of_torchvisions_that_asks_for_more_than_a_folder(
+    name: str, asked: str, tmp_path: Path
+) -> None:
+    words = f"torchvision:{name} is not made from its folder alone{asked}: write a function"
+    with pytest.raises(SettingError, match=words) as why:
+        open_sources(f"torchvision:{name}", tmp_path)
     assert "\n" not in str(why.value)
