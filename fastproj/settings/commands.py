@@ -50,7 +50,10 @@ class Raw:
     out: str | None = setting(OrNull(File()), "folder to write <split>.beton and <split>.json into")
     split: str = setting(Choice("all", "train", "val", "unlabeled"), "all: every split", "all")
     download: bool = setting(
-        Bool(), "fetch the set into data.root first (of torchvision or hf)", False
+        Bool(),
+        "fetch the set first, torchvision's into data.root, hf:OWNER/NAME into"
+        " data.root/OWNER--NAME",
+        False,
     )
     labels: bool = setting(Bool(), "false: every image is unlabeled", True)
     classes: str | None = setting(
@@ -91,7 +94,7 @@ class Raw:
     )
     workers: int = setting(Int(0), "processes; 0: every core this process may use", 0)
     on_error: str = setting(
-        Choice("stop", "skip"), "at an unreadable file: end, or leave it out", "stop"
+        Choice("stop", "skip"), "at an unreadable image: end, or leave it out", "stop"
     )
     adopt: str | None = setting(
         OrNull(File()), "FFCV file of another program: write a manifest beside it, to train on it"
