@@ -205,6 +205,7 @@ def adopted_beton(path: Path, manifest: Manifest, data: np.ndarray, rows: Rows) 
 
 def _content(data: np.ndarray) -> str:
     """The content digest, which stands in the arguments of the first field of our files."""
+    assert DESCRIPTOR.fields is not None
     start = HEADER.itemsize + DESCRIPTOR.fields["arguments"][1]
     return data[start : start + 32].tobytes().hex()
 
