@@ -6,7 +6,7 @@ without arguments, and its module's output is taken as it is.
 
 import hashlib
 import importlib
-import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from fastproj.core.errors import InputError, SettingError
+from fastproj.core.files import sha256
 from fastproj.core.table import nearest
 from fastproj.models.frozen import frozen
 
@@ -27,6 +28,7 @@ CLASSIFIERS = ("fc", "heads", "head", "classifier")  # torchvision's names of th
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # and of classifiers in the midst of Inception's
 # What torchvision's reference training leaves out of weight decay; its models do not say so.
 UNDECAYED = ("class_token", "pos_embedding", "relative_position_bias_table")
+VERSIONED = ("torch", "torchvision", "timm", "fastproj")  # their versions say what their code is
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,19 @@ def undecayed(module: nn.Module) -> set[str]:
     return found
 
 
+def source_sha256(module: nn.Module, *names: str) -> str | None:
+    """SHA-256 over the files of the module's classes and of the Python modules ``names``.
+
+    Their forward pass may change under the same weights. None where all are of ``VERSIONED``.
+    """
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    given = {*names, *(kind.__module__ for kind in kinds)}
+    own = {name for name in given if name.partition(".")[0] not in VERSIONED}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in own}
+    digests = sorted(sha256(Path(file)) for file in files if file and Path(file).is_file())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else None
+
+
 def _of_timm(name: str, size: int | None) -> Architecture:
     import timm
 
@@ -164,15 +179,17 @@ def _of_torchvision(name: str, size: int | None) -> Architecture:
 
 def _built(name: str, make: Callable[..., nn.Module], option: str, size: int | None) -> nn.Module:
     """``make()``, for images of ``size`` pixels if the model has the ``option`` that says so."""
-    if size is None:
-        return make()
+    asked = {} if size is None else {option: size}
     try:
-        return make(**{option: size})
-    except TypeError:  # no such option: a convolutional model takes any size
-        return make()
-    except Exception as error:  # windows that do not fit, for example
+        try:
+            return make(**asked)
+        except TypeError:  # no such option: a convolutional model takes any size
+            return make()
+    except Exception as error:  # windows that do not fit, weights that timm does not know
+        images = "" if size is None else f" for images of {size} pixels"
         raise InputError(
-            f"encoder {name} cannot be built for images of {size} pixels ({_one_line(error)})"
+            f"encoder {name} cannot be built{images} ({_one_line(error)}): take another encoder or "
+            "size"
         ) from error
 
 
@@ -195,7 +212,8 @@ def _of_function(address: str, module: str, name: str) -> Architecture:
             "that maps images (B, 3, h, w) to features (B, d)"
         )
     about = {"name": address, "features": "as the module gives them"}
-    source = inspect.getsourcefile(inspect.unwrap(function)) if callable(function) else None
-    if source:  # its forward pass may change under the same weights
-        about["source_sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    while isinstance(function, partial):
+        function = function.func
+    if source := source_sha256(made, module, function.__module__):
+        about["source_sha256"] = source
     return Architecture(made, about, has_weights=True)

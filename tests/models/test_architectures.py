@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.core.errors import InputError, SettingError
-from fastproj.models.architectures import output_width, undecayed
+from fastproj.models.architectures import build_architecture, output_width, undecayed
 from fastproj.models.encoders import build_encoder, freeze_patch_embedding, num_features
 from fastproj.models.norm import SyncBatchNorm, synchronize
 from fastproj.training.optim import parameter_groups
@@ -97,12 +97,51 @@ def test_a_classifier_in_the_midst_gives_no_second_result() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("timm:resnet81", "timm has no 'resnet81'; did you mean 'resnet"), ("timm:", "give timm:NAME"),
+    [("timm:test_vit.din0", "timm:test_vit.din0 cannot be built .*din0"),
+     ("timm:resnet81", "timm has no 'resnet81'; did you mean 'resnet"), ("timm:", "give timm:NAME"),
      ("torchvision:vit_b_17", "did you mean 'vit_b_16'")],
 )  # fmt: skip
 def test_a_name_that_there_is_not(name: str, words: str) -> None:
-    with pytest.raises(SettingError, match=words):
+    with pytest.raises(InputError, match=words) as refused:
         build_encoder(name)
+    assert isinstance(refused.value, SettingError) == ("din0" not in name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_partial_and_a_callable_object_are_functions(tmp_path, monkeypatch) -> None:
+    (tmp_path / "makers_of_mine.py").write_text(
+        "from functools import partial\nfrom torch import nn\n"
+        "def pooled(side): return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())\n"
+        "class Maker:\n    def __call__(self): return pooled(1)\n"
+        "half, maker = partial(pooled, 2), Maker()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, width in (("half", 12), ("maker", 3)):
+        assert num_features(build_encoder(f"makers_of_mine:{name}", size=8)) == width
+
+
+def test_the_source_is_that_of_every_class_and_of_the_function(tmp_path, monkeypatch) -> None:
+    layers, makers = tmp_path / "layers_of_mine.py", tmp_path / "made_of_layers.py"
+    layers.write_text(
+        "from torch import nn\nclass Double(nn.Module):\n    def forward(self, x): return 2 * x\n"
+    )
+    makers.write_text(
+        "from torch import nn\nfrom layers_of_mine import Double\n"
+        "def build(): return nn.Sequential(nn.Flatten(), Double())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def source() -> str:
+        return build_architecture("made_of_layers:build").about["source_sha256"]
+
+    first = source()
+    assert source() == first
+    layers.write_text(layers.read_text().replace("2 * x", "3 * x"))
+    second = source()
+    makers.write_text(makers.read_text() + "\n")
+    assert len({first, second, source()}) == 3
+    # torch says its version; nothing else is in it.
+    assert "source_sha256" not in build_architecture("torch.nn:Flatten").about
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
