@@ -33,10 +33,11 @@ from fastproj.evaluation.cache import Cache
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.files import is_features_file
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
-from fastproj.evaluation.protocol import Protocol, Scored, takes_images
+from fastproj.evaluation.protocol import Protocol, Scored, describe_normalization, takes_images
 from fastproj.evaluation.results import Evaluation, table, write_evaluation
 from fastproj.evaluation.sets import Sets, open_folders, open_sets
 from fastproj.runs import checkpoint
+from fastproj.models.architectures import output_width
 from fastproj.runs.command import open_run_or_none
 from fastproj.runs.environment import versions
 from fastproj.runs.folder import RunFolder
@@ -117,15 +118,23 @@ def start_device(settings: Settings) -> torch.device:
 def open_encoder(run: RunFolder | None, settings: Settings) -> tuple[Path | None, LoadedEncoder]:
     """The encoder that ``settings.eval`` names, and its file.
 
-    Says on stderr what was loaded from a file that is not ours.
+    Says on stderr what was loaded from a file that is not ours, and what its images will be. Raises
+    ``InputError`` for a size that the encoder does not take, and where nothing says the size.
     """
     how = settings.eval
     path: Path | None = None
     if how.encoder is None or how.checkpoint != "last":
         path = find_checkpoint(run, settings)
-    encoder = load_encoder(path, how.encoder, how.size)
+    encoder = load_encoder(path, how.encoder, _asked_size(settings))
+    size = crop_size(settings, encoder)
+    output_width(encoder.module, encoder.about["name"], size)
     if encoder.step is None and dist.is_main():
-        print(f"{encoder.about['name']}: {encoder.weights}", file=sys.stderr)
+        print(
+            f"{encoder.describe()}; crops of {size} pixels (others: --eval.size), "
+            f"{describe_normalization(how.normalize, encoder)} (others: --eval.normalize imagenet "
+            "or data)",
+            file=sys.stderr,
+        )
     return path, encoder
 
 
@@ -144,16 +153,36 @@ def open_extractor(
     settings: Settings,
     device: torch.device,
     encoder: LoadedEncoder | None = None,
+def crop_size(settings: Settings, encoder: LoadedEncoder) -> int:
+    """Side of a crop, pixels: what was asked for, or the encoder's own, or that of its run.
+
+    Raises ``InputError`` where nothing says it.
+    """
+    size = _asked_size(settings) or encoder.size
+    if size is None and settings.sources()["views.size"] == "default":
+        raise InputError(
+            f"nothing says what size the images of {encoder.about['name']} have: give --eval.size "
+            "PIXELS, such as 224"
+        )
+    return size or settings.views.size
+
+
+def _asked_size(settings: Settings) -> int | None:
+    """``eval.size``, or ``views.size`` of the command line."""
+    asked = settings.sources()["views.size"] == "command line"
+    return settings.eval.size or (settings.views.size if asked else None)
+
+
     cache: Cache | None = None,
 ) -> Extractor:
-    """How the settings compute features; the encoder's own image size goes before the views'.
+    """How the settings compute features; ``crop_size`` says of which size.
 
     With ``data.workers`` 0 the ranks of a machine divide its cores.
     """
     how, data = settings.eval, settings.data
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Extractor(
-        size=how.size or (encoder and encoder.size) or settings.views.size,
+        size=crop_size(settings, encoder) if encoder else settings.views.size,
         device=device,
         crop_fraction=how.crop_fraction,
         crops=how.crops,

@@ -40,11 +40,11 @@ ENCODER = "pre-trained"  # whose rows of eval.json the card shows
 def export(run: RunFolder, settings: Settings) -> list[Path]:
     """Export ``eval.checkpoint``; returns the files.
 
-    The metadata of ``model.safetensors``: ``encoder`` and ``stem`` (of another library: ``size``),
-    ``mean`` and ``std`` (per channel, of pixels in 0 to 1), ``step``, ``epoch``, and ``sha256`` of
-    the weights. Without the packages of the extra ``onnx``, and where torch cannot export the
-    encoder, there is no ``model.onnx``, and stderr says so. The card's accuracies are those that
-    ``eval.json`` has of this very checkpoint.
+    The metadata of ``model.safetensors``: ``encoder`` and, of our own, ``stem``; ``size`` (side of
+    the crops, pixels), ``mean`` and ``std`` (per channel, of pixels in 0 to 1), ``step``,
+    ``epoch``, and ``sha256`` of the weights. Without the packages of the extra ``onnx``, and where
+    torch cannot export the encoder, there is no ``model.onnx``, and stderr says so. The card's
+    accuracies are those that ``eval.json`` has of this very checkpoint.
 
     Raises ``InputError`` for a checkpoint that is missing, damaged, not whole or not finite, and
     where a file cannot be written.
@@ -59,7 +59,7 @@ def export(run: RunFolder, settings: Settings) -> list[Path]:
     difference = None
     try:
         difference = save_onnx(
-            encoder, run.onnx, settings.views.size, _metadata(pretrained), pretrained.size is None
+            encoder, run.onnx, settings.views.size, _metadata(pretrained), pretrained.any_size
         )
         written.append(run.onnx)
     except ModuleNotFoundError as error:

@@ -219,7 +219,7 @@ def _loading(pretrained: Pretrained, facts: Facts) -> str:
     for library, code in load_code(pretrained).items():
         parts.append(f"{library}:\n\n```python\n{code}```\n")
     if facts.onnx is not None:
-        size = ", height and width too" if pretrained.size is None else ""
+        size = ", height and width too" if pretrained.any_size else ""
         parts.append(
             f"ONNX (opset {OPSET}; the batch may be any{size}), here in ONNX Runtime:\n\n"
             "```python\nimport onnxruntime\n\n"

@@ -23,7 +23,7 @@ from fastproj.models.architectures import (
     Architecture,
     build_architecture,
     is_address,
-    output_width,
+    source_sha256,
 )
 
 
@@ -34,8 +34,8 @@ class LoadedEncoder:
     ``module``: images (B, 3, h, w) -> features (B, d). ``projector``: features -> projections,
     where the file has one. ``about``: what the protocol says of it. ``weights``: where they are
     from, in one line. ``mean`` and ``std``: per channel, of pixels in [0, 1]; None where nothing
-    says. ``size``: side of its images, pixels, or None. ``step`` and ``epoch``: how long it was
-    trained, or None. ``build``: the same architecture with new random weights.
+    says. ``size``: side of its images, pixels; None where nothing says. ``step`` and ``epoch``: how
+    long it was trained, or None. ``build``: the same architecture with new random weights.
     """
 
     module: nn.Module
@@ -48,6 +48,12 @@ class LoadedEncoder:
     projector: nn.Module | None = None
     step: int | None = None
     epoch: int | None = None
+
+    def describe(self) -> str:
+        """One line: its name, where its weights are from, and what they do not show."""
+        padding = self.about.get("padding")
+        guess = "" if padding is None else f"; conv1 padding {padding}, which no weight shows"
+        return f"{self.about['name']}: {self.weights}{guess}"
 
     def at_random(self, seed: int) -> "LoadedEncoder":
         """The same encoder as initialized from ``seed``, without a projector.
@@ -80,7 +86,8 @@ def load_encoder(
 
     ``name`` None: what a checkpoint or export of ours says, or a ResNet that the weights show.
     Otherwise as ``build_architecture`` takes it. ``path`` None: a function's module keeps the
-    weights that it comes with. ``size``: side of the images, pixels. ``setting``: what gives the
+    weights that it comes with. ``size``: side of the images, pixels, for which another library's
+    model is built. ``setting``: what gives the
     name, for the messages.
 
     Raises ``InputError`` for a file that is missing, damaged or of another architecture, and
@@ -104,10 +111,10 @@ def load_encoder(
         return _loaded(built, again, "as the function gives them")
     assert path is not None  # a command finds one, or has refused
     if is_export(path):
-        return _of_ours(load_pretrained(path), size)
+        return _of_ours(load_pretrained(path))
     state = read_weights(path)
     if is_checkpoint(state):
-        return _of_ours(of_checkpoint(state, path), size)
+        return _of_ours(of_checkpoint(state, path))
     group = next((g for g in groups(state) if is_resnet(g)), None)
     if group is None:
         raise InputError(
@@ -154,13 +161,13 @@ def _loaded(built: Architecture, again: Callable[[], Architecture], weights: str
     )  # fmt: skip
 
 
-def _of_ours(found: Pretrained, size: int | None) -> LoadedEncoder:
+def _of_ours(found: Pretrained) -> LoadedEncoder:
     module = found.build()
     about: Mapping[str, Any] = {"name": found.encoder, "stem": found.stem}
     if is_address(found.encoder):
         about = build_architecture(found.encoder, found.size).about
-        if size is not None:
-            output_width(module, found.encoder, size)
+    elif source := source_sha256(module):  # a plugin's
+        about = {**about, "source_sha256": source}
     return LoadedEncoder(
         module,
         about,

@@ -24,15 +24,16 @@ from fastproj.runs import checkpoint
 M = TypeVar("M", bound=nn.Module)
 EXPORT = ".safetensors"  # how an export's name ends
 ABOUT = ("encoder", "stem", "size", "mean", "std", "step", "epoch")  # its metadata
-ONE_OF = {"stem", "size"}  # an encoder of ours has a stem, another library's a size
+ONE_OF = {"stem", "size"}  # another library's encoder has no stem, an older export of ours no size
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """Weights of an encoder and what they expect.
 
-    ``encoder``, ``stem`` and ``size``: its architecture, as ``build_encoder`` names it. An encoder
-    of ours has no ``size``, one of another library, which may be built for one, has no ``stem``.
+    ``encoder``, ``stem`` and ``size``: its architecture, as ``build_encoder`` names it. ``size`` is
+    the side of the crops of its training, pixels; older exports of our encoders do not say it. An
+    encoder of another library, which may be built for that size, has no ``stem``.
     ``mean`` and ``std``: per channel, of pixels in [0, 1]. ``step`` and ``epoch``: how long it was
     trained. ``file``: where all of this was read. ``settings`` and ``projector``: the run's, and
     the projector's weights; ``data``: the SHA-256 of the training samples. An export has none of
@@ -51,6 +52,11 @@ class Pretrained:
     settings: Mapping[str, Any] = field(default_factory=dict)
     projector: Mapping[str, Tensor] | None = None
     data: str | None = None
+
+    @property
+    def any_size(self) -> bool:
+        """Whether its images may have any size: our encoders' may."""
+        return not is_address(self.encoder)
 
     def build(self) -> nn.Module:
         """The encoder with these weights, on the CPU.
@@ -143,17 +149,16 @@ def of_checkpoint(state: Mapping[str, Any], path: Path) -> Pretrained:
     """
     try:
         made = state["settings"]
-        encoder = made["model.encoder"]
         for name in ("mean", "std"):
             if len(state[name]) != 3 or not all(map(math.isfinite, state[name])):
                 raise KeyError(name)
-        for name in ("step", "epoch"):
-            if type(state[name]) is not int:
+        for place, name in ((state, "step"), (state, "epoch"), (made, "views.size")):
+            if type(place[name]) is not int:
                 raise KeyError(name)
         return Pretrained(
-            encoder=encoder,
+            encoder=made["model.encoder"],
             stem=made.get("model.stem"),
-            size=made["views.size"] if is_address(encoder) else None,
+            size=made["views.size"],
             weights=state["encoder"],
             file=path,
             settings=made,

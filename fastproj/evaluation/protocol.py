@@ -43,11 +43,27 @@ def normalization(how: str, encoder: LoadedEncoder, train: Beton) -> tuple[Any, 
     ``how``: ``encoder`` takes what the encoder expects and, where it does not say, those of
     ``train``; ``data`` takes those of ``train``, ``imagenet`` ImageNet's.
     """
+    return _stated(how, encoder) or (train.manifest.mean, train.manifest.std)
+
+
+def describe_normalization(how: str, encoder: LoadedEncoder) -> str:
+    """The same in words, for every training set."""
+    stated = _stated(how, encoder)
+    return in_words(*stated) if stated else "mean and std of each training set"
+
+
+def _stated(how: str, encoder: LoadedEncoder) -> Any:
+    """Mean and standard deviation that are the same for every training set, or None."""
     if how == "imagenet":
         return IMAGENET
-    if how == "data" or encoder.mean is None or encoder.std is None:
-        return train.manifest.mean, train.manifest.std
-    return encoder.mean, encoder.std
+    known = how == "encoder" and encoder.mean is not None and encoder.std is not None
+    return (encoder.mean, encoder.std) if known else None
+
+
+def in_words(mean: Sequence[float], std: Sequence[float]) -> str:
+    """``mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5``."""
+    one, other = (", ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return f"mean {one} and std {other}"
 
 
 @dataclass(frozen=True)

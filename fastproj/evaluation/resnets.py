@@ -18,7 +18,8 @@ def of_resnet(group: Group) -> Architecture:
     """The ResNet that ``group`` has the weights of.
 
     A 3×3 ``conv1`` means the CIFAR stem. Its padding does not show in the weights: it is 1 where
-    the names are those of lightly's own ResNet, and otherwise 2, as in solo-learn.
+    the names are those of lightly's own ResNet, and otherwise 2, as in solo-learn. The stem says
+    what size its images have: 32 or 224 pixels.
     """
     tensors, blocks = group.tensors, _blocks(group)
     bottleneck = "layer1.0.conv3.weight" in tensors
@@ -30,7 +31,9 @@ def of_resnet(group: Group) -> Architecture:
         encoder.relu = nn.Identity()  # a function in lightly's forward, lost among the children
     depth = 2 + sum(blocks) * (3 if bottleneck else 2)
     about = {"name": f"ResNet-{depth}", "stem": stem}
-    return Architecture(encoder, about | ({"padding": padding} if stem == "cifar" else {}))
+    if stem == "cifar":
+        return Architecture(encoder, about | {"padding": padding}, size=32)
+    return Architecture(encoder, about, size=224)
 
 
 def _blocks(group: Group) -> list[int]:

@@ -22,6 +22,7 @@ State = Mapping[str, Tensor]
 # Of two copies of an encoder that match alike, the one trained by gradients is evaluated, and of a
 # student and a teacher the teacher: as MoCo's, solo-learn's and DINO's own evaluations do.
 SECOND_CHOICE = ("momentum", "encoder_k", "target", "student")
+FIRST_CHOICE = "target_encoder"  # I-JEPA's and MSN's key of the teacher, which they evaluate
 # The place of each child in ``nn.Sequential(*resnet.children())``, as lightly's examples build it,
 # for torchvision's ResNet and for lightly's own, which has neither relu nor maxpool as children.
 TORCHVISION_CHILDREN = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -179,6 +180,8 @@ def _score(group: Group, wanted: State) -> tuple[int, int, int]:
     tensors = group.tensors
     fits = sum(n in tensors and tensors[n].shape == t.shape for n, t in wanted.items())
     second = sum(word in f"{group.key}.{group.prefix}" for word in SECOND_CHOICE)
+    if group.key == FIRST_CHOICE:
+        second = -1
     return fits, -second, -len(group.prefix)
 
 

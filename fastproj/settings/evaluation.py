@@ -81,7 +81,8 @@ class Eval:
     )
     cache: bool = setting(Bool(), "keep features on the disk, in features/ of that folder", True)
     size: int | None = setting(
-        OrNull(Int(8)), "side of a crop, pixels; null: the encoder's own, or views.size"
+        OrNull(Int(8)),
+        "side of a crop, pixels; null: the encoder's own, unless the command line gives views.size",
     )
     crops: str = setting(
         Choice("center", "five", "ten"),

@@ -22,8 +22,10 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.core.files import sha256
 from fastproj.core.interruption import Interruption
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
+from fastproj.evaluation.protocol import in_words
 from fastproj.evaluation.results import Evaluation, Row, write_evaluation
 from fastproj.loaders.order import Order
+from fastproj.models.architectures import IMAGENET
 from fastproj.runs import checkpoint, resume
 from fastproj.runs.environment import versions
 from fastproj.runs.folder import RunFolder
@@ -152,15 +154,19 @@ class Work(ABC, Generic[S, C]):
 
 
 def weights_line(encoder: LoadedEncoder, module: nn.Module) -> str:
-    """One line: the encoder's tensors that ``module`` has, those it has not, and the new ones."""
+    """One line: the encoder's tensors that ``module`` has, those it has not, and the new ones.
+
+    Of the images, mean and standard deviation.
+    """
     own = encoder.module.state_dict()
     places = {tensor.data_ptr() for tensor in module.state_dict().values()}
     left = [name for name, tensor in own.items() if tensor.data_ptr() not in places]
     new = len(places) - (len(own) - len(left))
+    norm = in_words(encoder.mean or IMAGENET[0], encoder.std or IMAGENET[1])
     rest = f"; {len(left)} are left out: {', '.join(left[:3])}" + ", …" * (len(left) > 3)
     return (
-        f"{encoder.about['name']}, {encoder.weights}; {len(own) - len(left)} of its {len(own)} "
-        f"tensors are in the model{rest if left else ''}; {new} others are new"
+        f"{encoder.describe()}; images normalized by {norm}; {len(own) - len(left)} of its "
+        f"{len(own)} tensors are in the model{rest if left else ''}; {new} others are new"
     )
 
 

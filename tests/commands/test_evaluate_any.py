@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from fastproj import embed
 from fastproj import evaluate as command
 from fastproj.core.errors import InputError, SettingError
 from fastproj.evaluation.results import Row, read_evaluation
+from fastproj.models.encoders import from_torchvision
 from fastproj.prepare.encode import Store
 from fastproj.prepare.sources import open_sources
 from fastproj.runs.folder import RunFolder
 from tests.support import betons
 
 MODELS = """
+from timm.models import VisionTransformer
 from torch import nn
 
 def flat():
@@ -27,9 +30,18 @@ def flat():
 
 def maps():
     return nn.Conv2d(3, 4, 1)
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+def pair():
+    return Pair()
+
+def vit_of_16_pixels():
+    return VisionTransformer(16, 8, embed_dim=8, depth=1, num_heads=2, num_classes=0)
 """
-OPTIONS = """--run.device cpu --eval.logistic_strengths 1e-3,1e-2,1e-1 --eval.knn_k 5
-    --views.size 8"""
+OPTIONS = "--run.device cpu --eval.logistic_strengths 1e-3,1e-2,1e-1 --eval.knn_k 5"
 QUICK = OPTIONS.split()
 
 
@@ -49,7 +61,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(house: Path, out: Path, *more: str) -> list[str]:
     sets = ["--data.train", f"{house}/train.beton", "--data.val", f"{house}/val.beton"]
-    return [*sets, *QUICK, "--eval.out", str(out), *more]
+    return [*sets, *QUICK, "--eval.size", "8", "--eval.out", str(out), *more]
 
 
 def rows(house: Path, out: Path, *more: str) -> tuple[Row, ...]:
@@ -86,7 +98,9 @@ def test_a_function_on_two_sets(
     assert header == {"file": None, "sha256": None, "step": None, "epoch": None}
 
 
-def test_a_checkpoint_of_timm_with_baselines(house: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_timm_with_baselines(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     torch.manual_seed(1)  # the random encoder is that of seed 0
     vit = timm.create_model("test_vit", img_size=32, num_classes=0)
     torch.save({"teacher": {f"backbone.{n}": t for n, t in vit.state_dict().items()}},
@@ -97,9 +111,51 @@ def test_a_checkpoint_of_timm_with_baselines(house: Path, tmp_path: Path) -> Non
     assert [r.encoder for r in found] == ["pixels"] * 2 + ["random"] * 2 + ["pre-trained"] * 2
     about = found[-1].protocol["features"]
     assert about["mean"] == [0.5, 0.5, 0.5] and about["crop"]["size"] == 32
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(
+        "; nothing else in it; crops of 32 pixels (others: --eval.size), mean 0.5, 0.5, 0.5 and "
+        "std 0.5, 0.5, 0.5 (others: --eval.normalize imagenet or data)"
+    )
     assert "key 'teacher', prefix 'backbone.'" in about["encoder"]["weights"]
-    said = [np.load(tmp_path / "out" / found[n].predictions) for n in (2, 4)]
-    assert not np.array_equal(*said)
+    predicted = [np.load(tmp_path / "out" / found[n].predictions) for n in (2, 4)]
+    assert not np.array_equal(*predicted)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 224)])
+def test_a_resnet_without_a_run_is_evaluated_at_the_size_of_its_stem(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture, stem: str, side: int
+) -> None:
+    torch.manual_seed(0)
+    resnet = from_torchvision(ResNet(BasicBlock, [1, 1, 1, 1]), stem)
+    torch.save({"state_dict": resnet.state_dict()}, tmp_path / "it.pth")
+    given = arguments(house, tmp_path / "out", "--eval.checkpoint", str(tmp_path / "it.pth"))
+    command.main(without_size(given))
+    row, _ = read_evaluation(RunFolder(tmp_path / "out")).rows
+    assert row.protocol["features"]["crop"]["size"] == side
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"crops of {side} pixels" in said and "mean and std of each training set" in said
+    assert ("conv1 padding 2" in said) == (stem == "cifar")
+    command.main([*without_size(given), "--views.size", "16"])
+    row, _ = read_evaluation(RunFolder(tmp_path / "out")).rows
+    assert row.protocol["features"]["crop"]["size"] == 16
+
+
+def without_size(given: list[str]) -> list[str]:
+    at = given.index("--eval.size")
+    return given[:at] + given[at + 2 :]
+
+
+def test_a_function_needs_a_size_or_a_recipe_that_says_one(
+    house: Path, tmp_path: Path, flat: list[str]
+) -> None:
+    given = without_size(arguments(house, tmp_path / "out", *flat))
+    words = "nothing says what size the images of evaluated_models:flat have: give --eval.size"
+    with pytest.raises(InputError, match=words):
+        command.main(given)
+    (tmp_path / "recipe.yaml").write_text("views: {size: 12}\n")
+    command.main([*given, "--cfg", str(tmp_path / "recipe.yaml")])
+    rows_of_recipe = read_evaluation(RunFolder(tmp_path / "out")).rows
+    assert {row.protocol["features"]["crop"]["size"] for row in rows_of_recipe} == {12}
 
 
 def test_embedded_features_give_the_rows_of_the_encoder(
@@ -134,6 +190,11 @@ def test_validation_images_that_are_the_training_images(
     [
         (["--eval.encoder", "evaluated_models:maps"], r"\(\d+, 4, 8, 8\).*pool and flatten"),
         (["--eval.encoder", "evaluated_models:nothing"], "cannot be called"),
+        (["--eval.encoder", "evaluated_models:pair"], "gives tuple for 2 images, not .2, d"),
+        (
+            ["--eval.encoder", "evaluated_models:vit_of_16_pixels"],
+            "does not take images of 8 pixels",
+        ),
         (["--eval.encoder", "timm:test_vit"], "random weights"),
         (["--eval.checkpoint", "none.pt"], "there is no checkpoint none.pt"),
         ([], "no run folder: give --eval.checkpoint FILE"),

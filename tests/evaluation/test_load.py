@@ -1,6 +1,7 @@
 """Checkpoints of other libraries: features equal those of the library's own model."""
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 from fastproj.core.errors import InputError, SettingError
 from fastproj.evaluation.load import load_encoder
+from fastproj.models import ENCODERS
 from fastproj.models.frozen import frozen
 
 Save = Callable[[nn.Module, Path], object]
@@ -100,6 +102,15 @@ LAYOUTS: dict[str, Callable[[nn.Module], dict]] = {
         "teacher": {**under("backbone.", m), "head.mlp.0.weight": torch.zeros(4, 4)},
         "args": argparse.Namespace(arch="resnet18", patch_size=16),
     },
+    "ijepa": lambda m: {
+        "encoder": with_prefix("module.", other(m)),
+        "target_encoder": under("module.", m),
+        "predictor": {"module.mask_token": torch.zeros(1, 1, 8)},
+    },
+    "byol-pytorch": lambda m: {
+        **with_prefix("target_encoder.net.", other(m)),
+        **under("online_encoder.net.", m),
+    },
     "model": lambda m: {"model": under("encoder.", m)},
     "alone": lambda m: m.state_dict(),
 }
@@ -112,7 +123,8 @@ def test_a_cifar_resnet_is_recognized_in_every_layout(
     torch.save(LAYOUTS[layout](small), tmp_path / "it.ckpt")
     found = load_encoder(tmp_path / "it.ckpt")
     assert found.about == {"name": "ResNet-10", "stem": "cifar", "padding": 2}
-    assert "72 of 72 weights match" in found.weights
+    assert "72 of 72 weights match" in found.weights and found.size == 32
+    assert found.describe().endswith("; conv1 padding 2, which no weight shows")
     if layout == "moco":
         words = found.weights
         assert "key 'state_dict', prefix 'module.encoder_q.'" in words and "\n" not in words
@@ -137,7 +149,7 @@ def test_lightlys_sequential_of_torchvision(tmp_path: Path) -> None:
     momentum = with_prefix("backbone_momentum.", other(backbone))
     torch.save({"state_dict": {**momentum, **under("backbone.", backbone)}}, tmp_path / "it.ckpt")
     found = load_encoder(tmp_path / "it.ckpt")
-    assert found.about == {"name": "ResNet-10", "stem": "imagenet"}
+    assert found.about == {"name": "ResNet-10", "stem": "imagenet"} and found.size == 224
     same(found.module, lambda x: backbone(x).flatten(1), 64)
 
 
@@ -212,6 +224,25 @@ def test_a_function_that_gives_its_own_weights_has_no_random_control(
     same(random, nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), 2)
     with pytest.raises(InputError, match="given has the same weights whatever the seed"):
         load_encoder(None, "weighted_models:given").at_random(3)
+
+
+def test_a_plugins_encoder_says_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "layers_of_a_plugin.py"
+    file.write_text("from torch import nn\nclass Own(nn.Flatten):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("layers_of_a_plugin").Own
+    monkeypatch.setitem(ENCODERS, "own", lambda stem: own())
+    state = {
+        "settings": {"model.encoder": "own", "model.stem": "cifar", "views.size": 8},
+        "encoder": {}, "projector": None, "mean": (0.5,) * 3, "std": (0.2,) * 3, "step": 1,
+        "epoch": 1, "data": "d",
+    }  # fmt: skip
+    torch.save(state, tmp_path / "it.pt")
+    found = load_encoder(tmp_path / "it.pt")
+    file.write_text(file.read_text() + "# another forward pass\n")
+    again = load_encoder(tmp_path / "it.pt")
+    assert found.size == again.size == 8
+    assert found.about["source_sha256"] != again.about["source_sha256"]
 
 
 @pytest.mark.parametrize(

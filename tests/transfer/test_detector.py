@@ -117,6 +117,7 @@ def test_one_line_says_which_tensors_arrived(tmp_path: Path) -> None:
     new = len(detector.state_dict()) - 120  # nothing is shared
     assert "120 of 120 weights match (key 'state_dict', prefix 'module.encoder_q.')" in line
     assert "1 not used: module.queue" in line
+    assert "normalized by mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225; " in line
     assert line.endswith(f"120 of its 120 tensors are in the model; {new} others are new")
     vit = encoder("timm:vit_tiny_patch16_224")
     named = LoadedEncoder(vit, {"name": "timm:vit"}, "FILE", lambda: vit)
