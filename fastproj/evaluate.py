@@ -16,6 +16,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from fastproj.evaluation.cache import Cache
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.files import is_features_file
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
-from fastproj.evaluation.protocol import Protocol, Scored, describe_normalization, takes_images
-from fastproj.evaluation.results import Evaluation, table, write_evaluation
+from fastproj.evaluation.protocol import Protocol, describe_normalization, takes_images
+from fastproj.evaluation.results import Evaluation, Row, holds_whole, table, write_evaluation
 from fastproj.evaluation.sets import Sets, open_folders, open_sets
-from fastproj.runs import checkpoint
 from fastproj.models.architectures import output_width
+from fastproj.runs import checkpoint
 from fastproj.runs.command import open_run_or_none
 from fastproj.runs.environment import versions
 from fastproj.runs.folder import RunFolder
@@ -51,12 +52,12 @@ def evaluate(run: RunFolder | None, settings: Settings) -> tuple[Evaluation, dic
     """Probe the encoder as ``settings.eval`` says; writes cached features, if anything.
 
     ``run`` may be None where ``settings.eval.out`` names a folder. Returns what ``eval.json`` is to
-    hold, and the predictions under the paths that its rows name. Raises ``InputError`` for a
-    missing or damaged checkpoint and for sets that cannot be probed.
+    hold, and the predictions under the paths that its rows name. What cannot be scored is in
+    ``missing``. Raises ``InputError`` for a missing or damaged checkpoint, for sets that cannot be
+    probed and where nothing can be scored.
     """
     device, out = start_device(settings), results_folder(run, settings)
     sets = _sets(settings)
-    found: Scored = []
     path, encoder = None, None
     if is_features_file(settings.data.train):
         how = settings.eval
@@ -66,23 +67,36 @@ def evaluate(run: RunFolder | None, settings: Settings) -> tuple[Evaluation, dic
                 "eval.depths, and give --eval.baselines false"
             )
         protocol = _protocol(settings, sets, device, out)
-        found += protocol.score_files()
+        scores = protocol.score_files()
     else:
         path, encoder = open_encoder(run, settings)
         protocol = _protocol(settings, sets, device, out, encoder)
+        scores = protocol.score("pre-trained", encoder)
         if settings.eval.baselines:
             # As pre-training found it, batch-norm statistics included. Estimating them on training
             # images makes a weaker baseline (digits at 16 px, resnet_small, 3 seeds: linear
             # 94.2-95.0 % against 95.8-97.2 %, kNN 93.9-94.4 % against 94.4-95.3 %).
-            random = encoder.at_random(settings.run.seed)
-            found += protocol.score("pixels", None)
-            found += protocol.score("random", random, baseline=True)
-        found += protocol.score("pre-trained", encoder)
-    rows, predictions = [], {}
-    for row, result in found:
-        kept = out.predictions(row.data, row.encoder, row.probe).relative_to(out.path).as_posix()
-        predictions[kept] = result.predictions
-        rows.append(replace(row, predictions=kept))
+            random = protocol.score("random", encoder.at_random(settings.run.seed), baseline=True)
+            scores = chain(protocol.score("pixels", None), random, scores)
+    rows: list[Row] = []
+    predictions: dict[str, Tensor] = {}
+    missing: list[str] = []
+    try:
+        with dist.losing_ranks():
+            for row, result in scores:
+                if isinstance(result, InputError):
+                    missing.append(f"probe {row.probe} of {row.encoder} on {row.data}: {result}")
+                    continue
+                file = out.predictions(row.data, row.encoder, row.probe)
+                kept = file.relative_to(out.path).as_posix()
+                predictions[kept] = result.predictions
+                rows.append(replace(row, predictions=kept))
+    except InputError as error:  # no features: what comes after them is missing
+        if not rows:
+            raise
+        missing.append(str(error))
+    if not rows and missing:
+        raise InputError(missing[0])
     evaluation = Evaluation(
         checkpoint={
             "file": path and str(path),
@@ -96,6 +110,7 @@ def evaluate(run: RunFolder | None, settings: Settings) -> tuple[Evaluation, dic
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         },
         rows=tuple(rows),
+        missing=tuple(missing),
     )
     return evaluation, predictions
 
@@ -138,21 +153,6 @@ def open_encoder(run: RunFolder | None, settings: Settings) -> tuple[Path | None
     return path, encoder
 
 
-def find_checkpoint(run: RunFolder | None, settings: Settings) -> Path:
-    """The file that ``eval.checkpoint`` names; ``last`` is the newest checkpoint in ``run``."""
-    if settings.eval.checkpoint != "last":
-        return Path(settings.eval.checkpoint)
-    newest = checkpoint.latest(run.checkpoints) if run else None
-    if newest is None:
-        where = f"{run.path} holds no checkpoint: train first, or" if run else "no run folder:"
-        raise InputError(f"{where} give --eval.checkpoint FILE")
-    return newest
-
-
-def open_extractor(
-    settings: Settings,
-    device: torch.device,
-    encoder: LoadedEncoder | None = None,
 def crop_size(settings: Settings, encoder: LoadedEncoder) -> int:
     """Side of a crop, pixels: what was asked for, or the encoder's own, or that of its run.
 
@@ -173,6 +173,21 @@ def _asked_size(settings: Settings) -> int | None:
     return settings.eval.size or (settings.views.size if asked else None)
 
 
+def find_checkpoint(run: RunFolder | None, settings: Settings) -> Path:
+    """The file that ``eval.checkpoint`` names; ``last`` is the newest checkpoint in ``run``."""
+    if settings.eval.checkpoint != "last":
+        return Path(settings.eval.checkpoint)
+    newest = checkpoint.latest(run.checkpoints) if run else None
+    if newest is None:
+        where = f"{run.path} holds no checkpoint: train first, or" if run else "no run folder:"
+        raise InputError(f"{where} give --eval.checkpoint FILE")
+    return newest
+
+
+def open_extractor(
+    settings: Settings,
+    device: torch.device,
+    encoder: LoadedEncoder | None = None,
     cache: Cache | None = None,
 ) -> Extractor:
     """How the settings compute features; ``crop_size`` says of which size.
@@ -242,17 +257,25 @@ def main(argv: Sequence[str]) -> None:
     )
     out = results_folder(run, settings)
     try:
-        with dist.losing_ranks():
-            evaluation, predictions = evaluate(run, settings)
+        evaluation, predictions = evaluate(run, settings)
         if not dist.is_main():
             return
     finally:
         dist.stop()
     print(table(evaluation), flush=True)  # before writing: it took minutes, a full disk may come
+    missing = evaluation.missing
+    more = f" (and {len(missing) - 1} more, see above)" if missing[1:] else ""
+    failed = f"{missing[0]}{more}; " if missing else ""
     try:
+        if failed and holds_whole(out):
+            raise InputError(f"{out.evaluation} holds a whole evaluation and stays as it is")
         with writing(out.path):
             out.path.mkdir(parents=True, exist_ok=True)
         write_evaluation(out, evaluation, predictions)
     except InputError as error:
-        raise InputError(f"{error}; the table above was not kept, evaluate again") from error
+        raise InputError(
+            f"{failed}{error}; the table above was not kept, evaluate again"
+        ) from error
+    if failed:
+        raise InputError(f"{failed}the other rows are in {out.evaluation}")
     print(f"written: {out.evaluation}")

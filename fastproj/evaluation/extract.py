@@ -92,7 +92,9 @@ class Extractor:
                 mirror=self.crops == "ten",
                 progress=f"features of {beton.path.name}",
             )
-        parts = found.features.split(module.widths, 1)
+        # A rank without an image ran no forward pass, and has no widths.
+        widths = next(filter(None, dist.exchange(module.widths)))
+        parts = found.features.split(widths, 1)
         split = {d: Features(x, found.labels) for d, x in zip(depths, parts, strict=True)}
         if self.cache and dist.is_main():
             for depth, one in split.items():

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,8 @@ from fastproj.evaluation.results import Row
 from fastproj.evaluation.sets import Sets
 from fastproj.models.architectures import IMAGENET
 
-Scored = list[tuple[Row, ProbeResult]]
+Scored = Iterator[tuple[Row, ProbeResult | InputError]]
+"""Rows with their results; where a probe cannot be run, with the reason."""
 ALL = "all"  # of ``depths``: each that the encoder has
 BATCH_SIZE = 256  # of probes that run the encoder on new crops, unless a protocol has its own
 OnImages = Callable[[str, Mapping[str, Any]], ProbeResult]
@@ -94,10 +95,9 @@ class Protocol:
         """One row per set, depth and probe of ``encoder`` (None: the pixels), called ``name``.
 
         At another depth than h it is called ``name/depth``. With several ranks only the first one
-        runs the probes; the others return no rows. A ``baseline`` is scored at those of the depths
+        runs the probes; the others give no rows. A ``baseline`` is scored at those of the depths
         that it has: it has no projector. Probes that run the encoder on new crops score h alone.
         """
-        found: Scored = []
         for sets in self.sets:
             start = time.perf_counter()
             at_depths, about = self._features(sets, encoder, baseline)
@@ -115,8 +115,7 @@ class Protocol:
                     seconds={"features": seconds},
                 )
                 on_images = encoder and depth == "h" and partial(self._on_images, encoder, sets)
-                found += self._probe(row, train, val, sets.num_classes, on_images or None)
-        return found
+                yield from self._probe(row, train, val, sets.num_classes, on_images or None)
 
     def score_files(self) -> Scored:
         """One row per pair of features files and probe; ``InputError`` for a probe of images."""
@@ -125,7 +124,6 @@ class Protocol:
                 f"eval.probes: {of_images[0]} runs the encoder on new crops, which a features file "
                 "does not hold: leave it out, or give betons"
             )
-        found: Scored = []
         for sets in self.sets:
             assert isinstance(sets.train, FeaturesFile) and isinstance(sets.val, FeaturesFile)
             train, val = (
@@ -144,8 +142,7 @@ class Protocol:
                 },
                 seconds={"features": 0.0},
             )
-            found += self._probe(row, train, val, sets.num_classes)
-        return found
+            yield from self._probe(row, train, val, sets.num_classes)
 
     def _probe(
         self,
@@ -156,14 +153,17 @@ class Protocol:
         on_images: OnImages | None = None,
     ) -> Scored:
         """``row`` once per probe, with its results; those of images only with ``on_images``."""
-        found = []
         for probe, arguments in self.probes.items():
             about = row.protocol["features"]
-            if not takes_images(probe):
-                result = PROBES[probe](train, val, num_classes, **arguments)
-            elif on_images:
-                result, about = on_images(probe, arguments), about | self._center().about()
-            else:
+            try:
+                if not takes_images(probe):
+                    result = PROBES[probe](train, val, num_classes, **arguments)
+                elif on_images:
+                    result, about = on_images(probe, arguments), about | self._center().about()
+                else:
+                    continue
+            except InputError as error:  # the other probes go on, and with them the other ranks
+                yield replace(row, probe=probe), error
                 continue
             done = replace(
                 row,
@@ -172,8 +172,7 @@ class Protocol:
                 protocol=row.protocol | {"features": about, "probe": result.protocol},
                 seconds=row.seconds | {"probe": result.seconds},
             )
-            found.append((done, result))
-        return found
+            yield done, result
 
     def _on_images(
         self, encoder: LoadedEncoder, sets: Sets, probe: str, arguments: Mapping[str, Any]

@@ -43,12 +43,14 @@ class Evaluation:
     """What ``eval.json`` holds.
 
     ``checkpoint``: ``file``, ``sha256``, ``step`` and ``epoch`` of what was evaluated.
-    ``versions``: of the packages, of Python, and the device's name.
+    ``versions``: of the packages, of Python, and the device's name. ``missing``: one line for what
+    was asked for and could not be scored; a whole evaluation has none, and no such entry.
     """
 
     checkpoint: dict[str, Any]
     versions: dict[str, str | None]
     rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
 
 
 def write_evaluation(
@@ -69,7 +71,10 @@ def write_evaluation(
             raise InputError(f"cannot write {file}: {error.strerror}") from None
         with replacing(file) as whole:
             whole.write(content.getvalue())
-    text = json.dumps({"schema": SCHEMA, **asdict(evaluation)}, indent=2) + "\n"
+    entries = {"schema": SCHEMA, **asdict(evaluation)}
+    if not evaluation.missing:
+        del entries["missing"]
+    text = json.dumps(entries, indent=2) + "\n"
     with replacing(run.evaluation) as whole:
         whole.write(text.encode())
 
@@ -88,11 +93,20 @@ def read_evaluation(run: RunFolder) -> Evaluation:
         raise InputError(f"{path} has schema {schema}, expected {SCHEMA}: {again}")
     try:
         rows = tuple(Row(**row) for row in content.pop("rows"))
-        return Evaluation(rows=rows, **content)
+        missing = tuple(content.pop("missing", ()))
+        return Evaluation(rows=rows, missing=missing, **content)
     except (KeyError, TypeError):
         raise InputError(
             f"{path} is damaged, its entries differ from schema {SCHEMA}: {again}"
         ) from None
+
+
+def holds_whole(run: RunFolder) -> bool:
+    """Whether ``eval.json`` is there, unless it lacks rows that were asked for."""
+    try:
+        return run.evaluation.exists() and not read_evaluation(run).missing
+    except InputError:  # of another schema, or damaged: whole for all we know
+        return True
 
 
 SHORT = {"learning_rate": "lr", "weight_decay": "decay", "strength": "strength"}  # in the table
@@ -116,7 +130,7 @@ def table(evaluation: Evaluation) -> str:
             f"{row.seconds['probe']:>6.2f} s  {picked}".rstrip()
         )
         notes += [f"{row.encoder}, {row.probe}: {note}" for note in _notes(row)]
-    return "\n".join([*lines, *notes])
+    return "\n".join([*lines, *notes, *(f"missing: {line}" for line in evaluation.missing)])
 
 
 def _notes(row: Row) -> Iterator[str]:

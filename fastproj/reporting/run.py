@@ -178,6 +178,7 @@ def _probes(run: Reported, pictures: Pictures) -> list[Block]:
         "difference to them."
     )
     blocks: list[Block] = [Table("Scores", head, rows, how=how)]
+    blocks += [Missing("a score", line) for line in run.evaluation.missing]
     protocols = [
         (row.encoder, row.data, row.probe, json.dumps(row.protocol, sort_keys=True))
         for row in run.evaluation.rows

@@ -62,8 +62,12 @@ def state(run: RunFolder, by: str = "train") -> State:
     ends = journal.read(run.metrics) if run.metrics.exists() else []
     ends = [event["step"] for event in ends if event["event"] == "end"]
     scored = ends and run.evaluation.exists()
-    if scored and (by != "train" or read_evaluation(run).checkpoint["step"] == ends[-1]):
+    if scored and by != "train":
         return "whole"
+    if scored:
+        evaluation = read_evaluation(run)
+        if evaluation.checkpoint["step"] == ends[-1] and not evaluation.missing:
+            return "whole"
     if checkpoint.latest(run.checkpoints) is None:
         if run.evaluation.exists():
             raise InputError(

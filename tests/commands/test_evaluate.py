@@ -16,6 +16,7 @@ from fastproj.core.errors import InputError, SettingError
 from fastproj.data.beton import open_beton
 from fastproj.evaluate import evaluate, main
 from fastproj.evaluation.features import Features
+from fastproj.evaluation.pretrained import load_pretrained, save_pretrained
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.regression import logistic
 from fastproj.evaluation.results import Row, read_evaluation, table, write_evaluation
@@ -89,13 +90,14 @@ def test_the_file_holds_a_header_and_one_row_per_encoder_and_probe(root):
             assert probe["k"] == [5]
         assert f"{row['metrics']['top1']:.2%}" in table(evaluation)
     assert asdict(read_evaluation(run)) == json.loads(
-        json.dumps(asdict(evaluation)), object_hook=_with_tuple_of_rows
+        json.dumps(asdict(evaluation)), object_hook=_with_tuples
     )
     assert not list(run.path.rglob("*.tmp"))
 
 
-def _with_tuple_of_rows(found: dict) -> dict:
-    return found | {"rows": tuple(found["rows"])} if "rows" in found else found
+def _with_tuples(found: dict) -> dict:
+    lists = {"rows", "missing"} & found.keys()
+    return found | {name: tuple(found[name]) for name in lists}
 
 
 def test_the_predictions_give_the_accuracy(root):
@@ -188,6 +190,79 @@ def test_a_table_that_cannot_be_kept_is_printed_first(root, capsys):
     with pytest.raises(InputError, match=r"cannot write .*eval\.json.*table above was not kept"):
         main([str(root / "moved")])
     assert capsys.readouterr().out.startswith("encoder ")
+
+
+FAILING = ("--eval.probes", "knn,few_shot", "--eval.few_shot_labels", "500")
+
+
+def test_a_probe_that_fails_leaves_the_rows_of_the_others(root, capsys):
+    report = root / "moved/eval.json"
+    words = "probe few_shot of pre-trained on test: few_shot takes 500 .*; the other rows are in "
+    for probes in ("few_shot,knn", "knn,few_shot"):  # the second replaces what is not whole
+        with pytest.raises(InputError, match=words) as refused:
+            main([str(root / "moved"), *FAILING, "--eval.probes", probes])
+        assert "\n" not in str(refused.value)
+        out = capsys.readouterr().out.splitlines()
+        assert out[1].split()[:3] == ["pre-trained", "test", "knn"]
+        assert out[-1].startswith("missing: probe few_shot of pre-trained on test: few_shot takes")
+        found = read_evaluation(RunFolder(root / "moved"))
+        assert [row.probe for row in found.rows] == ["knn"] and len(found.missing) == 1
+        assert (root / "moved" / found.rows[0].predictions).is_file()
+    main([str(root / "moved")])
+    whole = report.read_bytes()
+    assert b"missing" not in whole
+    capsys.readouterr()
+    words = "eval.json holds a whole evaluation and stays as it is; the table above was not kept"
+    with pytest.raises(InputError, match=words) as refused:
+        main([str(root / "moved"), *FAILING, *BASELINES])
+    assert "(and 2 more, see above)" in str(refused.value) and report.read_bytes() == whole
+    assert capsys.readouterr().out.count("\nmissing: ") == 3  # of the pixels and at random too
+
+
+def test_a_set_that_cannot_be_read_leaves_the_rows_of_the_sets_before_it(root, trained, capsys):
+    other = root / "other"
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("run"))
+    image = open_beton(other / "val.beton").stored(50).tobytes()
+    content = bytearray((other / "val.beton").read_bytes())
+    content[content.index(image) + 20] ^= 1
+    (other / "val.beton").write_bytes(content)
+    with pytest.raises(InputError, match="other/val.beton.*; the other rows are in ") as refused:
+        main([str(root / "moved"), "--eval.sets", str(other), "--eval.cache", "false"])
+    assert "\n" not in str(refused.value)
+    found = read_evaluation(RunFolder(root / "moved"))
+    assert [row.data for row in found.rows] == ["test", "test"] and len(found.missing) == 1
+
+
+def without_run(root: Path, trained: Path, file: Path, *options: str) -> Row:
+    sets = ["--data.train", f"{trained}/train.beton", "--data.val", f"{trained}/val.beton"]
+    how = ["--run.device", "cpu", "--eval.probes", "knn", "--eval.knn_k", "5"]
+    out = root / "out"
+    main([*sets, *how, "--eval.checkpoint", str(file), "--eval.out", str(out), *options])
+    (row,) = read_evaluation(RunFolder(out)).rows
+    return row
+
+
+def test_a_checkpoint_without_its_run_has_the_crops_of_its_training(root, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    export.main([str(root / "moved")])
+    expected = rows(root, "--eval.probes", "knn")[0]
+    assert expected.protocol["features"]["crop"]["size"] == 8
+    exported = root / "moved/export/model.safetensors"
+    for file in (root / "moved/checkpoints/step-00000004.pt", exported):
+        row = without_run(root, trained, file)
+        assert row.metrics == expected.metrics
+        assert row.protocol["features"] == expected.protocol["features"]
+    old = root / "old.safetensors"  # as exports were before they said it
+    save_pretrained(replace(load_pretrained(exported), size=None), old)
+    with pytest.raises(InputError, match="the images of resnet_small have: give --eval.size PIX"):
+        without_run(root, trained, old)
+    assert without_run(root, trained, old, "--eval.size", "8").metrics == expected.metrics
+
+
+def test_the_command_line_changes_the_crops_of_a_run(root):
+    for name in ("views", "eval"):
+        (row,) = rows(root, "--eval.probes", "knn", f"--{name}.size", "12")
+        assert row.protocol["features"]["crop"]["size"] == 12
 
 
 def test_a_choice_at_the_end_of_its_list_is_printed(root):

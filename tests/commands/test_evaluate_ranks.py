@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastproj import evaluate as command
 from fastproj.core import dist
+from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton, open_beton
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import features
@@ -68,3 +69,32 @@ def test_two_ranks_give_the_features_and_the_table_of_one(tmp_path: Path) -> Non
     one, two = (read_evaluation(RunFolder(tmp_path / name)) for name in ("one", "two"))
     assert [row.metrics for row in one.rows] == [row.metrics for row in two.rows]
     assert len(one.rows) == 2
+
+
+def of_few_images(folder: Path, out: Path) -> Tensor:
+    """Two sets of fewer images than the ranks can share; 1 where the command failed."""
+    try:
+        command.main(
+            f"""--data.train {folder}/train.beton --data.val {folder}/val.beton
+            --eval.sets {folder}/again --eval.size 12 --eval.encoder torch.nn:Flatten
+            --run.device cpu --eval.probes few_shot,knn --eval.few_shot_labels 500
+            --eval.knn_k 3 --eval.out {out}""".split()
+        )
+    except InputError as error:
+        print(error)
+        return torch.tensor(1)
+    return torch.tensor(0)
+
+
+def test_a_rank_without_images_and_a_probe_that_fails_stop_nobody(tmp_path: Path) -> None:
+    for split, seed in (("train", 0), ("val", 1)):
+        source = betons.digit_like(np.random.default_rng(seed), 5, SIDE, classes=3)
+        for folder in (tmp_path, tmp_path / "again"):
+            betons.write(replace(source, split=split), folder, Store("raw"))
+    out = tmp_path / "out"
+    failed = on_ranks(4, partial(of_few_images, tmp_path, out), tmp_path, seconds=200)
+    assert [int(rank) for rank in failed] == [1, 0, 0, 0]  # the first one probes, and says it
+    found = read_evaluation(RunFolder(out))
+    assert [(row.data, row.probe) for row in found.rows] == [("test", "knn"), ("again", "knn")]
+    assert all("few_shot takes 500 images" in line for line in found.missing)
+    assert len(found.missing) == 2

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,13 @@ def test_how_far_a_run_came(tmp_path):
     run = read_run(RunFolder(tmp_path / "b"))
     assert not run.over and run.status() == "started, and its journal is still empty"
     assert run_page(run, NONE).html()
+
+
+def test_a_score_that_is_missing_is_named(tmp_path):
+    run = evaluated(write_run(tmp_path / "run"))
+    failed = replace(run.evaluation, missing=("probe knn of pre-trained on digits: k = 99",))
+    found = missing(run_page(replace(run, evaluation=failed), NONE))
+    assert "a score: probe knn of pre-trained on digits: k = 99" in found
 
 
 def test_a_foreign_or_damaged_run_is_an_error(tmp_path):

@@ -42,6 +42,10 @@ def test_how_far_a_run_has_come(jobs: list[Job]) -> None:
     assert state(run) == "trained"
     fake_run(jobs[0])
     assert state(run) == "whole"
+    scores = run.evaluation.read_text()
+    run.evaluation.write_text(scores.replace("{", '{"missing": ["probe knn failed"],', 1))
+    assert state(run) == "trained"
+    run.evaluation.write_text(scores)
     kept = run.metrics.read_text()
     run.metrics.write_text("x\n")
     with pytest.raises(InputError, match="is no JSON object"):
