@@ -10,13 +10,15 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastproj.core.errors import InputError
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes import neighbors
-from fastproj.evaluation.probes.common import edges, ranks, stratified_split
+from fastproj.evaluation.probes.common import ROWS, edges, ranks, score, stratified_split
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.sgd import fit, linear_probe
 from fastproj.evaluation.protocol import takes_images
@@ -86,6 +88,43 @@ def test_the_chosen_head_is_within_a_point_of_logistic_regression(data, request)
     results = [linear_probe(train, val, classes, seed=seed, **GRID) for seed in range(3)]
     assert abs(np.mean([r.metrics["top1"] for r in results]) - expected) < 0.01
     assert all(r.metrics["top1"] <= r.metrics["top5"] <= 1 for r in results)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(one, Tensor):
+                self.numbers = max(self.numbers, one.numel())
+        return found
+
+
+def test_heads_are_scored_without_all_their_logits_at_once():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3 * ROWS, 5, generator=generator)
+    y = torch.randint(0, 30, (len(x),), generator=generator)
+    heads = torch.randn(16, 30, 5, generator=generator)
+    heads[1, 2, 3] = torch.nan
+    rows = torch.arange(0, len(x), 2)
+    with Largest() as largest:
+        accuracy, entropy = score(heads, x, y, rows)
+    assert largest.numbers == ROWS * 30
+    for head, right, loss in zip(heads, accuracy, entropy, strict=True):
+        logits = x[rows] @ head.T
+        assert right == (ranks(logits, y[rows]) < 1).double().mean()
+        expected = functional.cross_entropy(logits.double(), y[rows])
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+def test_sgd_holds_no_target_of_each_row_and_class():
+    x, y = torch.randn(9000, 5), torch.randint(0, 50, (9000,))
+    with Largest() as largest:
+        fit(x, y, torch.arange(9000), 50, [(0.1, 0.0)], 1, 256, seed=0)
+    assert largest.numbers <= 256 * 50
 
 
 def test_every_head_of_the_grid_equals_a_plain_torch_loop():

@@ -53,7 +53,7 @@ def ridge(
     if len(path) > 1:
         kept, held = hold_out(y, holdout, seed)
         heads = least_squares(x[kept, :-1], y[kept], num_classes, path)
-        found = score(torch.stack([x[held] @ head.T for head in heads]), y[held])
+        found = score(heads, x, y, held)
         _, chosen = choice({"strength": path}, *found, y, held)
     head = least_squares(x[:, :-1], y, num_classes, [chosen["strength"]])[0]
     scores = design(val.features, mean, std, device) @ head.T

@@ -66,7 +66,7 @@ def logistic(
     if len(path) > 1:
         kept, held = hold_out(y, holdout, seed)
         solved.append(solve(x[kept, :-1], y[kept], num_classes, _tensor(path)))
-        found = score(torch.stack([x[held] @ h.T for h in solved[0].heads.float()]), y[held])
+        found = score(solved[0].heads.float(), x, y, held)
         _, chosen = choice({"strength": path}, *found, y, held)
     solved.append(solve(x[:, :-1], y, num_classes, _tensor([chosen["strength"]])))
     scores = design(val.features, mean, std, device) @ solved[-1].heads[0].float().T

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastproj.core.linear import linear
 from fastproj.evaluation.features import Features
@@ -67,7 +66,7 @@ def linear_probe(
     if len(grid) > 1:
         kept, held = hold_out(y, holdout, seed)
         heads = fit(x, y, kept, num_classes, grid, epochs, batch_size, seed)
-        found = score(torch.stack([x[held] @ head.T for head in heads]), y[held])
+        found = score(heads, x, y, held)
         zero = ["weight_decay"] if lists["weight_decay"][0] == 0 else []
         best, chosen = choice(lists, *found, y, held, zero)
         grid = [grid[best]]
@@ -116,7 +115,7 @@ def fit(
     batch_size = min(batch_size, len(rows))
     per_epoch = len(rows) // batch_size
     generator = torch.Generator().manual_seed(seed)
-    target = functional.one_hot(y, classes).float()
+    batch = torch.arange(batch_size, device=device)
     for step in range(epochs * per_epoch):
         at = step % per_epoch
         if at == 0:
@@ -125,7 +124,9 @@ def fit(
         inputs = x[chosen]
         # The gradient of the mean cross-entropy in closed form: (softmax - target)' x / B.
         logits = linear(inputs, heads.flatten(0, 1)).view(batch_size, len(grid), classes)
-        error = logits.softmax(-1).sub_(target[chosen].unsqueeze(1)).div_(batch_size)
+        error = logits.softmax(-1)
+        error[batch, :, y[chosen]] -= 1
+        error.div_(batch_size)
         gradient = linear(error.flatten(1).T, inputs.T).view_as(heads).addcmul_(decay, heads)
         velocity.mul_(MOMENTUM).add_(gradient)
         cosine = (1 + math.cos(math.pi * step / (epochs * per_epoch))) / 2
