@@ -17,7 +17,7 @@ from fastproj.runs.start import start
 from fastproj.settings import TRANSFER, TransferSettings
 from fastproj.transfer.batches import Sample, batches
 from fastproj.transfer.detector import StepPlan, build_detector, detect
-from fastproj.transfer.objects import augmentation, read, trainable
+from fastproj.transfer.objects import augmentation, read, require_outlines, trainable
 from fastproj.transfer.run import Work, facts, run
 from fastproj.transfer.scores import coco_scores, voc_scores
 from fastproj.transfer.sets import DetectionSet, open_set, same_classes
@@ -36,6 +36,9 @@ class Detection(Work[TransferSettings, DetectionSet]):
         settings, encoder, train, val = self.settings, self.encoder, self.train, self.val
         same_classes({train.name: train.classes, val.name: val.classes})
         how, images, optim = settings.detector, settings.images, settings.optim
+        if how.masks:
+            require_outlines(train.name, train.images, crowds=False)
+            require_outlines(val.name, val.images)
         torch.manual_seed(settings.run.seed)  # of the detector's new weights
         detector = build_detector(
             encoder.module,

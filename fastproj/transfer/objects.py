@@ -25,6 +25,24 @@ def _kept(image: Annotated) -> list[int]:
     return (~crowd).nonzero().flatten().tolist()
 
 
+def require_outlines(name: str, images: Sequence[Annotated], crowds: bool = True) -> None:
+    """``InputError`` where objects of ``images``, those of the set ``name``, have no outline.
+
+    ``crowds``: objects that are not trained on need one as well, as pycocotools scores with it.
+    """
+    without = [
+        image.file
+        for image in images
+        for index in (range(len(image)) if crowds else _kept(image))
+        if not (image.outlines and image.outlines[index])
+    ]
+    if without:
+        raise InputError(
+            f"{len(without)} objects of {name} have no outline, one in {without[0]} the first: "
+            "give --detector.masks false, or annotations with a segmentation"
+        )
+
+
 def read(image: Annotated, masks: bool = False) -> Sample:
     """The pixels, uint8 (3, h, w), and an image's ``boxes``, ``labels`` and ``masks``.
 

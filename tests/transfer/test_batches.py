@@ -1,5 +1,6 @@
 """What a detector is trained on: the same images, drawn alike, on any number of ranks."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from fastproj.core.errors import InputError
 from fastproj.loaders.order import Order
 from fastproj.transfer.batches import batches
-from fastproj.transfer.objects import augmentation, read, trainable
+from fastproj.transfer.objects import augmentation, read, require_outlines, trainable
 from fastproj.transfer.sets import Annotated, open_set
 from tests.support.detection import images, write_coco, write_voc
 
@@ -87,3 +88,14 @@ def test_an_object_without_an_outline_is_named_where_masks_are_asked_for(opened)
     read(without, False)
     with pytest.raises(InputError, match="object 1 has no outline"):
         read(without, True)
+    with pytest.raises(InputError, match="1 objects of it have no outline"):
+        require_outlines("it", [image, without])
+
+
+def test_a_crowd_needs_an_outline_only_where_it_is_scored(opened) -> None:
+    outlines = [list(image.outlines) for image in opened]
+    outlines[-1][0] = None  # of the first image that was drawn, a crowd
+    some = [replace(i, outlines=tuple(o)) for i, o in zip(opened, outlines, strict=True)]
+    require_outlines("it", some, crowds=False)
+    with pytest.raises(InputError, match="1 objects of it have no outline"):
+        require_outlines("it", some)

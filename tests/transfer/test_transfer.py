@@ -1,5 +1,6 @@
 """The command: a detector learns, stops, goes on bit for bit, on one rank and on two."""
 
+import json
 import os
 import re
 import subprocess
@@ -107,11 +108,25 @@ def test_what_does_not_fit_a_run_is_refused_in_one_line(root: Path, tmp_path: Pa
         (resume | other_set(root, tmp_path / "other"), "was trained on other data"),
         ({"run__name": "b", "optim__batch_size": 99}, "a batch of 99 .* is larger than the set"),
         ({"run__name": "b", "encoder__checkpoint": tmp_path / "x"}, "there is no checkpoint"),
-        ({"run__name": "b", "detector__masks": "true"}, "has no outline"),
+        ({"run__name": "b", "detector__masks": "true"}, "trainval have no outline"),
     ]:
         with pytest.raises(InputError, match=says) as refused:
             run(root, tmp_path, **changes)
         assert "\n" not in str(refused.value)
+
+
+def test_an_object_to_score_without_an_outline_is_said_before_training(
+    root: Path, tmp_path: Path
+) -> None:
+    write_coco(tmp_path, "train2017", images(0, 4, 48))
+    file = write_coco(tmp_path, "val2017", images(1, 4, 48), crowd=(0,))
+    content = json.loads(file.read_text())
+    del content["annotations"][0]["segmentation"]  # the crowd's: pycocotools reads it as well
+    file.write_text(json.dumps(content))
+    changes = {k.replace(".", "__"): v for k, v in COCO.items()} | {"data__root": tmp_path}
+    with pytest.raises(InputError, match="1 objects of val2017 have no outline, one in .*jpg"):
+        run(root, tmp_path, **changes)
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_commands_errors_are_one_line_and_an_exit_code(root: Path, tmp_path: Path) -> None:
