@@ -155,11 +155,21 @@ class FeatureMaps(nn.Module):
 
 
 def _of_any_size(model: nn.Module) -> nn.Module:
-    """timm's model ``model`` again, with the very same weights, for images of any size."""
+    """timm's model ``model`` again, with the very same weights, for images of any size.
+
+    Raises ``InputError`` for one that timm does not build by its name alone.
+    """
     import timm
 
-    name = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
-    size = model.patch_embed.img_size  # type: ignore[union-attr]
-    again = timm.create_model(name, num_classes=0, img_size=size, dynamic_img_size=True)
-    again.load_state_dict(model.state_dict(), assign=True)
+    try:
+        name = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
+        size = model.patch_embed.img_size  # type: ignore[union-attr]
+        again = timm.create_model(name, num_classes=0, img_size=size, dynamic_img_size=True)
+        again.load_state_dict(model.state_dict(), assign=True)
+    except Exception as error:  # other arguments than the name's: no such name, other weights
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{type(model).__name__} takes images of one size, and timm cannot build it again for "
+            f"any by its name ({reason}): build it with dynamic_img_size=True"
+        ) from error
     return again

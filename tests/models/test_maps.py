@@ -136,3 +136,17 @@ def test_an_encoder_without_maps_is_refused_in_one_line(made, until, says) -> No
     with pytest.raises(InputError, match=says) as refused:
         FeatureMaps(made(), until)
     assert "\n" not in str(refused.value)
+
+
+def test_a_vit_that_timm_cannot_build_by_its_name_is_one_line() -> None:
+    """Other arguments than its name's; no name at all."""
+    small = {"embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 0}
+    for made in (
+        timm.create_model("vit_tiny_patch16_224", **small),
+        timm.models.VisionTransformer(32, 8, **small),
+    ):
+        with pytest.raises(InputError, match="build it with dynamic_img_size=True") as refused:
+            FeatureMaps(made)
+        assert "\n" not in str(refused.value)
+    free = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **small)
+    assert FeatureMaps(free).channels == [8]
