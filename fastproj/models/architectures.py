@@ -214,6 +214,6 @@ def _of_function(address: str, module: str, name: str) -> Architecture:
     about = {"name": address, "features": "as the module gives them"}
     while isinstance(function, partial):
         function = function.func
-    if source := source_sha256(made, module, function.__module__):
+    if source := source_sha256(made, module, function.__module__ or module):  # C's has none
         about["source_sha256"] = source
     return Architecture(made, about, has_weights=True)
