@@ -25,6 +25,7 @@ from fastproj.models.architectures import (
     is_address,
     source_sha256,
 )
+from fastproj.objective import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LoadedEncoder:
     from, in one line. ``mean`` and ``std``: per channel, of pixels in [0, 1]; None where nothing
     says. ``size``: side of its images, pixels; None where nothing says. ``step`` and ``epoch``: how
     long it was trained, or None. ``build``: the same architecture with new random weights.
+    ``labeled``: the content digest of the images whose labels it was trained with, or None.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class LoadedEncoder:
     projector: nn.Module | None = None
     step: int | None = None
     epoch: int | None = None
+    labeled: str | None = None
 
     def describe(self) -> str:
         """One line: its name, where its weights are from, and what they do not show."""
@@ -168,6 +171,8 @@ def _of_ours(found: Pretrained) -> LoadedEncoder:
         about = build_architecture(found.encoder, found.size).about
     elif source := source_sha256(module):  # a plugin's
         about = {**about, "source_sha256": source}
+    objective = found.settings.get("objective.name", "")
+    by_labels = objective in OBJECTIVES and getattr(OBJECTIVES[objective], "needs_labels", False)
     return LoadedEncoder(
         module,
         about,
@@ -179,4 +184,5 @@ def _of_ours(found: Pretrained) -> LoadedEncoder:
         projector=found.build_projector(),
         step=found.step,
         epoch=found.epoch,
+        labeled=found.data if by_labels else None,
     )

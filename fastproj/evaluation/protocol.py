@@ -214,7 +214,11 @@ class Protocol:
             for beton in (sets.train, sets.val)
         )
         about = self.extractor.about() | {
-            "encoder": {**encoder.about, "weights": encoder.weights},
+            "encoder": {
+                **encoder.about,
+                "weights": encoder.weights,
+                "saw_labels_of_train": encoder.labeled == sets.train.manifest.content,
+            },
             "mean": list(mean),
             "std": list(std),
         }

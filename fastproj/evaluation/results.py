@@ -133,6 +133,11 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join([*lines, *notes, *(f"missing: {line}" for line in evaluation.missing)])
 
 
+def _saw_labels(row: Row) -> bool:
+    encoder = row.protocol["features"].get("encoder", {})
+    return encoder.get("saw_labels_of_train", False)
+
+
 def _notes(row: Row) -> Iterator[str]:
     probe = row.protocol["probe"]
     chosen = probe.get("chosen", {})
@@ -141,6 +146,8 @@ def _notes(row: Row) -> Iterator[str]:
         yield "also " + ", ".join(f"{name} {value:.2%}" for name, value in more.items())
     if edge := chosen.get("edge"):
         yield f"{' and '.join(edge)} chosen at the end of the list: make it longer"
+    if "holdout_top1" in chosen and _saw_labels(row):
+        yield "chosen on held-out images whose labels the encoder had seen: give one value of each"
     if chosen.get("tie"):
         yield "all entries tie on the held-out images: the choice says nothing"
     if alone := chosen.get("classes_not_held_out"):

@@ -239,7 +239,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """``optimizer.load_state_dict``, which checks little else than how many parameters there are.
 
     Raises ``InputError`` where a parameter's state lacks an entry that others have, or is of
-    another shape or not finite, and where a group's hyperparameters are others.
+    another shape, not finite or impossible, and where a group's hyperparameters are others.
     """
     known = [dict(group) for group in optimizer.param_groups]
     groups = [dict(group) for group in state["param_groups"]]
@@ -254,7 +254,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for name in entries:
             value = of_one.get(name)
             whole = isinstance(value, Tensor) and value.shape in (parameter.shape, ())
-            if not whole or not value.isfinite().all():
+            if not whole or not value.isfinite().all() or (name == "step" and value < 0):
                 raise InputError(
                     f"the optimizer's {name} of a parameter is missing, not finite or of another "
                     "shape: take an older checkpoint"

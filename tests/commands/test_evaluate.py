@@ -100,6 +100,22 @@ def _with_tuples(found: dict) -> dict:
     return found | {name: tuple(found[name]) for name in lists}
 
 
+def test_a_choice_on_labels_that_the_encoder_has_seen_is_said(trained):
+    argv = f"""--run.dir {trained} --run.name supcon --run.device cpu --views.size 8
+        --data.train {trained}/train.beton --data.val {trained}/val.beton --eval.knn_k 5
+        --model.encoder resnet_small --projector.hidden 32 --projector.out 16
+        --optim.batch_size 50 --optim.epochs 1 --optim.warmup_epochs 0 --objective.name supcon"""
+    run = RunFolder(train(load(RUN, argv.split(), "test", "")))
+    words = "labels the encoder had seen: give one value of each"
+    for run_folder, options, said in (
+        (run.path, ["--eval.logistic_strengths", "1e-3,1e-2"], True),
+        (run.path, ["--eval.logistic_strengths", "1e-2"], False),
+        (trained / "run", ["--eval.cache", "false"], False),
+    ):
+        evaluation, _ = evaluate(*open_run([str(run_folder), *options], "test", ""))
+        assert (words in table(evaluation)) == said
+
+
 def test_the_predictions_give_the_accuracy(root):
     main([str(root / "moved")])
     run = RunFolder(root / "moved")

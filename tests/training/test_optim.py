@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastproj.core.errors import SettingError
+from fastproj.core.errors import InputError, SettingError
 from fastproj.models.encoders import build_encoder
 from fastproj.models.projector import build_projector
 from fastproj.training import optim
@@ -382,3 +382,19 @@ def test_each_optimizer_descends(name, kind):
 def test_unknown_optimizer_is_a_setting_error():
     with pytest.raises(SettingError, match="lars, sgd, adamw"):
         build_optimizer("adam", [], 0.1)
+
+
+def test_an_impossible_count_of_steps_and_other_groups_are_refused_before_they_are_loaded() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.01)
+    parameter.sum().backward()
+    adam.step()
+    whole = copy.deepcopy(adam.state_dict())
+    whole["state"][0]["step"] = torch.tensor(-1.0)
+    with pytest.raises(InputError, match="the optimizer's step of a parameter"):
+        optim.load_optimizer(adam, whole)
+    whole = copy.deepcopy(adam.state_dict())
+    whole["param_groups"][0]["weight_decay"] = None
+    with pytest.raises(InputError, match="weight_decay is None, not 0.01"):
+        optim.load_optimizer(adam, whole)
+    assert adam.param_groups[0]["weight_decay"] == 0.01
