@@ -6,8 +6,10 @@ from torchvision's ``resized_crop`` (bilinear, antialiased).
 
 import io
 import multiprocessing
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +24,10 @@ from fastproj.data.layout import RAW
 from fastproj.loaders.base import Batch, Loader
 from fastproj.loaders.boxes import Center, Crop
 
-PATIENCE = 300.0  # seconds for a batch: where /dev/shm is full, none ever comes
+PATIENCE = 300.0  # seconds for a batch of a worker that hangs
 
+AHEAD = 2  # batches in progress of each worker
+SHARED = Path("/dev/shm")  # noqa: S108 - Linux's shared memory, nothing of ours is written there
 # A process that is not forked would get the whole file through a pipe.
 FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
@@ -42,13 +46,30 @@ class ReferenceLoader(Loader):
             boxes = self._boxes(epoch, positions)
             yield [(int(p), [box[:, slot] for box in boxes]) for slot, p in enumerate(positions)]
 
+    def _require_shared_memory(self) -> None:
+        """torch passes batches through /dev/shm; where that is full, the next one never comes."""
+        batch = sum(3 * crop.num_views * crop.size**2 for crop in self.crops)
+        needed = batch * self.order.batch_size * AHEAD * self.workers
+        try:
+            free = shutil.disk_usage(SHARED).free
+        except OSError:
+            return
+        if free < needed:
+            raise InputError(
+                f"shared memory ({SHARED}) has {free / 1e6:,.1f} MB free, and {self.workers} "
+                f"worker(s) need {needed / 1e6:,.1f}: make it larger (docker run --shm-size), give "
+                "fewer --data.workers, or take --data.engine stream"
+            )
+
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
+        self._require_shared_memory()
         loader = DataLoader(
             _Crops(self.beton, self.crops),
             batch_sampler=self._keys(epoch, steps),
             num_workers=self.workers,
             collate_fn=partial(_collate, self.crops),
             multiprocessing_context=FORK,
+            prefetch_factor=AHEAD,
             pin_memory=self.device.type == "cuda",
             timeout=PATIENCE,
             # By default it draws from torch's global generator, and a resumed run would differ.

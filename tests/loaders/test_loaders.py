@@ -426,7 +426,6 @@ def test_a_cut_file_read_by_others_ends_with_a_line(small: Beton, tmp_path: Path
 
 
 def test_reference_does_not_wait_for_ever(small: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where /dev/shm is full no batch comes; here a worker is only slow."""
     monkeypatch.setattr(reference, "PATIENCE", 1)
     monkeypatch.setattr(reference, "read_image", lambda *_: time.sleep(30))
     with (
@@ -435,6 +434,32 @@ def test_reference_does_not_wait_for_ever(small: Beton, monkeypatch: pytest.Monk
     ):
         next(iter(loader))
     assert not multiprocessing.active_children()
+
+
+ITERATE = """
+import sys
+from fastproj.core.errors import run_command
+from fastproj.loaders import Crop, open_loader
+from fastproj.data.beton import open_beton
+run_command(lambda argv: next(iter(open_loader(open_beton(argv[0]), [Crop(32, 2)], 16,
+                                               engine="reference", workers=1))))
+"""
+
+
+def test_reference_says_that_shared_memory_is_too_small(small: Beton) -> None:
+    """Else torch's worker prints a traceback, and its batch never comes."""
+    script = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"'
+    own = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    done = subprocess.run(
+        [*own, sys.executable, "-c", ITERATE, small.path], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr == (
+        "error: shared memory (/dev/shm) has 0.1 MB free, and 1 worker(s) need 0.2: make it larger "
+        "(docker run --shm-size), give fewer --data.workers, or take --data.engine stream\n"
+    )
 
 
 def test_workers_are_clamped_to_the_cores_allowed(small: Beton) -> None:
