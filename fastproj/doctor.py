@@ -58,7 +58,9 @@ def _set_up(extra: str = "", afresh: bool = False) -> str:
 
 SET_UP = _set_up()
 SET_UP_AFRESH = _set_up(afresh=True)
-COMPILER = SET_UP if "setup.sh" in SET_UP else "apt-get install g++ python3-dev   # or the like"
+COMPILER = "apt-get install g++ python3-dev   # or the like"
+if (CHECKOUT / "setup.sh").exists():
+    COMPILER = SET_UP
 
 # What pyproject.toml asks for -> what is imported. torch has a check of its own.
 PACKAGES = {

@@ -1,5 +1,6 @@
 """Errors that a user can fix: a command prints one line and exits with a code, no traceback."""
 
+import os
 import re
 import sys
 import traceback
@@ -29,8 +30,8 @@ def run_command(
 
     ``InputError`` becomes one line on stderr and exit code 1 (``SettingError``: 2); so does
     ``OSError`` (missing file, no permission, full disk) and memory that is used up, of the host or
-    of a GPU. ``--debug`` anywhere on the command line
-    also shows the traceback. Any other exception is a bug and is raised.
+    of a GPU. ``--debug`` anywhere on the command line also shows the traceback. Any other exception
+    is a bug and is raised. A terminal or pipe that has been closed changes no exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -51,4 +52,16 @@ def run_command(
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130  # as a shell reports SIGINT
+    finally:
+        _give_up_closed_streams()
     sys.exit(code)
+
+
+def _give_up_closed_streams() -> None:
+    """What cannot be written would be tried again at Python's end, which then exits with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

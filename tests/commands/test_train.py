@@ -191,6 +191,7 @@ def test_a_terminal_that_closes_loses_nothing(beton: Beton, tmp_path: Path) -> N
     process = subprocess.Popen(
         [sys.executable, "-m", "fastproj.train", *options(beton, tmp_path, optim__epochs=4000)],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=lead,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )  # fmt: skip
     os.close(theirs)
     metrics = tmp_path / "r" / "metrics.jsonl"
