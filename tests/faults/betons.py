@@ -98,7 +98,7 @@ def beton_tables(folder: Path) -> Fuzzed:
 
 
 def beton_bits(folder: Path) -> Fuzzed:
-    """one bit of a byte of a beton's header, fields, rows or table; with 14,000 cases of all"""
+    """one bit of a byte of a beton's header, fields, rows or table (14,000 cases: of every byte)"""
     betons = _betons(folder)
     places = [(b, at) for b in betons for at in range(len(b.content)) if at < b.head]
     places += [(b, at) for b in betons for at in b.places if at >= b.head]
