@@ -1,5 +1,5 @@
 # make demo   set-up, then the main job: images to a table of accuracies
-# make test   set-up, then the whole test suite
+# make test   set-up, then the whole test suite, in two processes
 # make soak   the tests that make test leaves out for their time
 # make check  ruff and mypy
 # make bench  rates of every stage, beside its peers and its limit (some 20 minutes)
@@ -17,7 +17,7 @@ demo:
 
 test:
 	./setup.sh dali dev
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 soak:
 	./setup.sh dali dev
