@@ -68,7 +68,7 @@ class Journal:
 
         ``fields`` are what JSON holds; ``step`` (optimizer steps done) belongs in each event of a
         training run, and ``start`` carries the step this process begins at by itself. Raises
-        ``InputError`` for a number that is not finite, on every rank.
+        ``InputError`` for a number that is not finite, on every rank, and where the file is gone.
         """
         if kind not in get_args(Event):
             raise ValueError(f"unknown event {kind!r}")
@@ -89,6 +89,10 @@ class Journal:
         line = json.dumps({"event": kind, "time": time.time(), **fields}) + "\n"
         with writing(self.path):
             append(self._file, line.encode())
+        if not self.path.exists():
+            raise InputError(
+                f"{self.path} was removed while the run wrote to it: give the same command again"
+            )
         self._show(kind, fields)
         self._sinks.event(kind, fields)
 

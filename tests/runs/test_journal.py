@@ -31,6 +31,15 @@ FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[2]
 
 
+def test_a_removed_journal_ends_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Journal(path, main=True, total=20) as book:
+        book.event("start")
+        path.unlink()
+        with pytest.raises(InputError, match="was removed while the run wrote to it"):
+            book.event("step", step=10, epoch=0.5, loss=1.25, lr=0.1)
+
+
 def test_one_json_object_a_line(tmp_path):
     before = time.time()
     with Journal(tmp_path / "metrics.jsonl", main=True, total=20) as book:
