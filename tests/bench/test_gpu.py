@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fastproj.bench.__main__ import main
+from fastproj.bench.gpu import correctness
 from fastproj.bench.gpu.cifar10 import run_name
 from fastproj.bench.gpu.command import PARTS
 from fastproj.bench.gpu.record import Check, Figure, NotMeasuredError, Record, figure
@@ -179,6 +180,38 @@ def test_the_whole_runs_with_few_packages_and_leaves_figures_that_are_predicted(
     page = maker.page(results, SCALING)
     for name in names:
         assert name in page
+
+
+STUB = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_holds(): pass
+def test_does_not(): assert not "equal"
+def test_skipped(): pytest.skip("no device")
+"""
+
+
+def test_the_suites_own_tests_are_counted_and_what_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correctness, "CHECKOUT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_stub.py").write_text(STUB)
+    record = Record(tmp_path / "part.json", {"part": "p"})
+    check, told = correctness.tests("gpu", record, tiny=False)
+    assert isinstance(check, Check) and isinstance(told, dict)
+    assert not check.passed and check.seen == "1 passed, 1 failed, 1 skipped"
+    assert (
+        told["tests"] == ["tests/test_stub.py::test_does_not"] and "AssertionError" in told["end"]
+    )
+    (tmp_path / "tests" / "test_stub.py").write_text(STUB.replace('not "equal"', '"equal"'))
+    (check,) = correctness.tests("gpu", record, tiny=False)
+    assert check == Check("tests marked gpu", True, "2 passed, 0 failed, 1 skipped")
+    broken = "import no_such_module\nimport pytest\npytestmark = pytest.mark.gpu\n"
+    (tmp_path / "tests" / "test_broken.py").write_text(broken)
+    check, told = correctness.tests("gpu", record, tiny=False)
+    assert not check.passed and "2 passed" in check.seen  # it stops no other
+    assert any("test_broken.py" in line for line in told["tests"])
 
 
 @pytest.mark.slow

@@ -111,10 +111,7 @@ COUNTS: dict[str, tuple[Callable[..., Counted], tuple[Any, ...], Count, Count]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.soak) if n.startswith("ResNet") else n for n in COUNTS],
-)
+@pytest.mark.parametrize("name", COUNTS)
 def test_no_more_kernels_and_bytes_than_were_committed(name: str) -> None:
     make, given, *counts = COUNTS[name]
     found = make(*given)
