@@ -4,8 +4,9 @@ The authors' and solo-learn's code crop (area 0.08 to 1, bilinear) and flip the 
 each epoch, train one linear layer on the encoder's raw features in eval mode, multiply the
 configured learning rate by batch size / 256, and score center crops of val. They print val's
 accuracy after each epoch; here it is computed once, after the last one. The authors' code trains
-the encoder as well, except for Barlow Twins on CIFAR; here it is frozen. Open ``train`` with the
-batch size of ``BATCH_SIZES``.
+the encoder as well, except for Barlow Twins on CIFAR; here it is frozen. solo-learn's crops are
+DALI's and bicubic, except for Barlow Twins; here they are bilinear. Open ``train`` with the batch
+size of ``BATCH_SIZES``.
 
 Sources: PKU-ML/Projector_Theory (commit 5c2e7d1), ``scripts/linear``, ``methods/linear.py`` and
 ``solo/args/linear.py``; vturrisi/solo-learn (commit 9187ea3), ``scripts/linear/imagenet-100`` and
