@@ -18,7 +18,7 @@ from fastproj.models.projector import build_projector
 from fastproj.objective import build_objective
 from fastproj.prepare.encode import Store
 from fastproj.runs import checkpoint, journal
-from fastproj.settings import RUN, Settings, load
+from fastproj.settings import PREPARE, RUN, Settings, load, stored
 from fastproj.train import train
 from fastproj.training.build import build_augmentations, build_crops
 from tests.support.betons import digit_like, write
@@ -405,6 +405,103 @@ def test_where_batch_norm_sees_all_views_a_head_says_so(path: Path, maker: Any) 
     assert any(said) == (not read(path.stem).model.bn_per_view)
     ours = re.match("ours", maker.read_head(path).items["Protocol"])
     assert ours or not any(said)  # a published protocol's batch norm sees one view
+
+
+SOURCED = [path for path in RECIPES if "# Protocol: ours" not in path.read_text()]
+
+
+def differs(path: Path, maker: Any) -> str:
+    """What a recipe says that it does otherwise, and what the recipe says that it is "as"."""
+    text = maker.read_head(path).items["Differs"]
+    alike = re.match(r"as (?:its base|(\w+)\.yaml)(?:[,;.]|$)", text)
+    if not alike:
+        return text
+    other = f"{alike[1]}.yaml" if alike[1] else chain(path)[1].name
+    return f"{text} {differs(path.parent / other, maker)}"
+
+
+def stores(maker: Any) -> dict[str, Any]:
+    """The settings of every data set that a recipe's command prepares, by its folder."""
+    found = {}
+    for path in RECIPES:
+        command = maker.read_head(path).items["Command"].replace("\\", " ")
+        for words in re.findall(r"write_ffcv\.py((?:\s+--\w+ \S+)+)", command):
+            data = load(PREPARE, words.split(), "test", "").data
+            found[data.out] = data
+    return found
+
+
+def centers(settings: Settings) -> bool:
+    """Whether the loss takes the batch's mean off: a constant added to all rows is not seen."""
+    torch.manual_seed(0)
+    objective = build_objective(settings.objective.name, 8, 4, **settings.objective.options)
+    z, teacher, labels = torch.randn(2, 16, 8), torch.randn(2, 16, 8), torch.arange(16) % 4
+    with torch.no_grad():
+        before, after = (float(objective(z + s, teacher + s, labels)) for s in (0, 3))
+    return math.isclose(before, after, rel_tol=1e-4)
+
+
+def topics(settings: Settings, data: Any, protocol: str) -> dict[str, str]:
+    """What a published recipe's differences must speak of, each with words that do.
+
+    ``data``: the settings that prepared its images.
+    """
+    optim, probe = settings.optim, settings.eval.probes[0]
+    jpeg = f"as JPEG of at most {data.max_resolution} pixels, quality {data.quality}"
+    wanted = {
+        "images": jpeg if stored(data.store, data.dataset) == "jpeg" else "stored raw",
+        "interpolation": "resized bilinearly with antialiasing",
+        "rounding": "not rounded to 8 bits",
+        "normalization": "normalized by the set's own mean and standard deviation",
+        "probe": {"logistic": "linear probe is logistic regression"}[probe],
+        "the source's probe": r"authors: (LARS|SGD)|InfoCL: SGD",
+        "batch norm": "one view at a time" if settings.model.bn_per_view else "in one pass",
+        "its GPUs": "on all GPUs together" if settings.model.sync_bn else "on each GPU alone",
+    }
+    if protocol.startswith("solo-learn"):  # its base may be another source's
+        wanted["the source's probe"] = "solo-learn('s| has no) linear probe"
+    if settings.train.precision == "auto":
+        wanted["precision"] = "bfloat16 or float32, by the device"
+    if any(view[6] for view in views(settings)):
+        wanted["blur"] = "exact Gaussian"
+    if centers(settings):
+        wanted["standardization"] = "(standardizes|loss are) over all GPUs"
+    if optim.optimizer == "lars":
+        wanted["LARS"] = "LARS does not scale the online probe"
+    elif optim.weight_decay:
+        wanted["decay"] = "biases(,| and) norms"
+    return wanted
+
+
+def test_a_published_recipes_differences_speak_of_all_that_applies(maker: Any) -> None:
+    prepared = stores(maker)
+    assert centers(read("in100_barlow")) and not centers(read("in100"))
+    silent = {}
+    for path in SOURCED:
+        settings, text = read(path.stem), differs(path, maker)
+        protocol = maker.read_head(path).items["Protocol"]
+        wanted = topics(settings, prepared[str(Path(settings.data.train).parent)], protocol)
+        silent[path.stem] = [topic for topic, words in wanted.items() if not re.search(words, text)]
+    assert len(silent) > 40 and not {stem: gaps for stem, gaps in silent.items() if gaps}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_head_names_options_that_its_recipe_takes(path: Path, maker: Any) -> None:
+    items = maker.read_head(path).items
+    said = items["Protocol"] + items.get("Differs", "")
+    for options in re.findall(r"--[\w.]+ \w+(?: --[\w.]+ \w+)*", said):
+        read(path.stem, *options.split())
+
+
+# solo-learn, scripts/linear/imagenet-100: SGD's rate for 256 samples
+SOLO_PROBES = {"byol": 0.3, "simsiam": 30, "mocov2plus": 3, "mocov3": 0.3, "vicreg": 0.3,
+               "swav": 0.15}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SOLO_PROBES)
+def test_a_head_has_solo_learns_linear_probe(method: str, maker: Any) -> None:
+    text = maker.read_head(ROOT / "rcfg" / f"in100_{method}.yaml").items["Differs"]
+    assert f"SGD {SOLO_PROBES[method]:g} (--eval.probes solo --eval.solo_method {method})" in text
 
 
 GOOD = "# T\n# Command: c\n#   d\n# Protocol: p\n# Published: none\n# Measured: m\n"
