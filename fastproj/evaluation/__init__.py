@@ -17,12 +17,14 @@ PROBES = Table(
         "published_cifar_barlow": "fastproj.evaluation.published:published_cifar_barlow",
         "solo": "fastproj.evaluation.published:solo",
         "finetune": "fastproj.evaluation.finetune:finetune",
+        "corruptions": "fastproj.evaluation.corruptions:corruptions",
     },
 )
 """Each a function ``f(train, val, num_classes, *, option=default, …) -> ProbeResult`` of features.
 
-One that runs the encoder on new crops is ``f(encoder, train, val, num_classes, *, mean, std, …)``,
-with a ``Loader`` of random crops and one of center crops. ``mean``, ``std``, ``precision``,
-``seed`` and ``device`` are given by the caller; every other option is a setting,
+One that runs the encoder itself is ``f(encoder, train, val, num_classes, *, mean, std, …)``, with a
+``Loader`` of random crops and one of center crops; one whose second parameter is called
+``train_features`` gets the features of train instead of the first loader. ``mean``, ``std``,
+``precision``, ``seed`` and ``device`` are given by the caller; every other option is a setting,
 ``eval.<probe>_<option>``.
 """

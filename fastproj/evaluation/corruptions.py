@@ -7,9 +7,10 @@ size). CIFAR-10-C uses weaker severities of its own, so its accuracies are not c
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from fastproj.core.errors import InputError
 from fastproj.core.machine import cores
+from fastproj.core.progress import Progress
 from fastproj.evaluation.features import Features, features
-from fastproj.evaluation.probes.common import ProbeResult
+from fastproj.evaluation.probes.common import ProbeResult, check, decades, top
+from fastproj.evaluation.probes.regression import fit
 from fastproj.loaders import Loader
 from fastproj.prepare.workers import Workers
 from fastproj.runs.environment import installed
@@ -30,70 +33,90 @@ CORRUPTIONS = (
 )  # fmt: skip
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALLEST = 32  # pixels: smaller images imagecorruptions refuses
-Probe = Callable[[Features, Features, int | None], ProbeResult]
 
 
-def corruption_probe(
+def corruptions(
     encoder: nn.Module,
-    train: Features,
+    train_features: Features,
     val: Loader,
     num_classes: int | None = None,
     *,
-    probe: Probe,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    corruptions: Sequence[str] = CORRUPTIONS,
+    names: Sequence[str] | None = None,
     severities: Sequence[int] = SEVERITIES,
+    strengths: Sequence[float] = decades(-5),
+    holdout: float = 0.1,
     seed: int = 0,
-    workers: int = 0,
 ) -> ProbeResult:
-    """Accuracy on corrupted val images of a probe that is trained once, on clean ``train``.
+    """Accuracy of ``logistic``, trained on clean features, on every corruption of val's images.
 
-    ``probe(train, val, num_classes)`` is any probe of features, for example ``linear_probe``; its
-    val is clean val and every corruption at every severity, one after the other: (1 + 75) · N rows
-    of d float32. ``val``: a loader of every image's ``Center`` in the order of the set; its crops
-    are corrupted, as in ImageNet-C. ``top1`` is the mean over corruptions and severities, as a
-    plain accuracy (ImageNet-C's mCE divides errors by AlexNet's); ``clean_top1`` is the same
-    probe's on clean val, ``top1_NAME`` a corruption's mean over severities. ``predictions`` are
-    those for clean val. ``workers``: processes that corrupt; 0 means one per core.
+    ``train_features``: of center crops. ``val``: a loader of every image's ``Center`` in the order
+    of the set; its crops are corrupted, as ImageNet-C's are. Its ``workers`` processes corrupt.
+    ``names``: of ``CORRUPTIONS``; None: all. ``strengths``, ``holdout`` and ``seed`` are those of
+    ``logistic``; val and its corruptions choose nothing.
 
-    Raises ``InputError`` where the package is missing, for crops below 32 pixels, for a corruption
-    or severity that does not exist, and as ``features`` does.
+    ``top1`` and ``top5`` are means over corruptions and severities of plain accuracies;
+    ImageNet-C's mCE divides errors by AlexNet's. ``top1_clean`` and ``top5_clean`` are clean val's,
+    ``top1_fog`` is the mean over the severities of fog. ``protocol["accuracies"]`` holds the top-1
+    of each corruption at each severity. ``predictions`` are those for clean val.
+
+    Raises ``InputError`` as ``check_corruptions``, ``logistic`` and ``features`` do.
     """
     begun = time.perf_counter()
+    names = CORRUPTIONS if names is None else names
+    check_corruptions(min(crop.size for crop in val.crops), names, severities)
+    clean = features(encoder, val, mean=mean, std=std)
+    num_classes = check(train_features, clean, num_classes)
+    head = fit(train_features, num_classes, strengths=strengths, holdout=holdout, seed=seed)
+    scores = head.scores(clean.features)
+    accuracies, grid = [], list(product(names, severities))
+    with (
+        Progress(len(grid) * len(clean), "corruptions") as bar,
+        closing(Workers(val.workers)) if val.workers > 1 else nullcontext() as pool,
+    ):
+        for name, severity in grid:
+            found = corrupted_features(encoder, val, name, severity, mean=mean, std=std, pool=pool)
+            accuracies.append(top(head.scores(found.features), found.labels))
+            bar.update(len(found))
+    top1, top5 = (np.array([found[metric] for found in accuracies]) for metric in ("top1", "top5"))
+    metrics = {"top1": float(top1.mean()), "top5": float(top5.mean())}
+    metrics |= {f"{name}_clean": value for name, value in top(scores, clean.labels).items()}
+    by_name = top1.reshape(len(names), len(severities)).mean(1).tolist()
+    metrics |= {f"top1_{name}": value for name, value in zip(names, by_name, strict=True)}
+    protocol = {
+        **head.protocol,
+        "corrupted": "the center crops of val",
+        "corruptions": list(names),
+        "severities": list(severities),
+        "package": _package(),
+        "accuracies": {f"{n} {s}": a for (n, s), a in zip(grid, top1.tolist(), strict=True)},
+    }
+    return ProbeResult(metrics, protocol, time.perf_counter() - begun, scores.argmax(-1))
+
+
+def check_corruptions(
+    size: int,
+    names: Sequence[str] | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    **others: Any,
+) -> None:
+    """Raise ``InputError`` where crops of ``size`` pixels cannot be corrupted so.
+
+    The arguments are those of ``corruptions``: the package is missing, crops are below 32 pixels,
+    or there is no such corruption or severity.
+    """
+    for name in names or ():
+        if name not in CORRUPTIONS:
+            raise InputError(f"no corruption {name!r}: choose from {', '.join(CORRUPTIONS)}")
     for severity in severities:
         if severity not in SEVERITIES:
             raise InputError(f"severity {severity}: choose from 1 to 5")
-    parts = [features(encoder, val, mean=mean, std=std)]
-    grid = list(product(corruptions, severities))
-    count = min(workers or cores(), cores())
-    with closing(Workers(count)) if count > 1 else nullcontext() as pool:
-        parts += [
-            corrupted_features(
-                encoder, val, corruption, severity, mean=mean, std=std, seed=seed, pool=pool
-            )
-            for corruption, severity in grid
-        ]
-    every = Features(*(torch.cat([getattr(p, n) for p in parts]) for n in ("features", "labels")))
-    found = probe(train, every, num_classes)
-    hits = (found.predictions == every.labels.to(found.predictions.device)).double()
-    accuracy = hits.view(len(parts), -1).mean(1).tolist()
-    by_name: dict[str, list[float]] = {name: [] for name in corruptions}
-    for (corruption, _), score in zip(grid, accuracy[1:], strict=True):
-        by_name[corruption].append(score)
-    metrics = {"top1": float(np.mean(accuracy[1:])), "clean_top1": accuracy[0]}
-    metrics |= {f"top1_{name}": float(np.mean(scores)) for name, scores in by_name.items()}
-    protocol = {
-        "corruptions": list(corruptions),
-        "severities": list(severities),
-        "accuracies": {f"{n} {s}": a for (n, s), a in zip(grid, accuracy[1:], strict=True)},
-        "package": _version(),
-        "corrupted": "the center crops of val",
-        "seed": seed,
-        "probe": found.protocol,
-    }
-    predictions = found.predictions[: len(parts[0])]
-    return ProbeResult(metrics, protocol, time.perf_counter() - begun, predictions)
+    if size < SMALLEST:
+        raise InputError(
+            f"crops of {size} pixels: the corruptions need {SMALLEST} or more; use larger crops"
+        )
+    _package()
 
 
 def corrupted_features(
@@ -104,41 +127,33 @@ def corrupted_features(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    seed: int = 0,
     pool: Workers | None = None,
 ) -> Features:
     """``features`` of the loader's crops after ``corruption`` at ``severity`` (1 to 5).
 
-    The random numbers of an image depend on ``seed`` and its index alone, so they are the same for
-    every encoder and every number of workers. ``mean`` and ``std`` None: those of the loader's
-    beton. ``pool``: processes that share the work; None: this one does it.
+    The random numbers of an image depend on its index alone: every encoder and every run sees the
+    same images, with any number of workers. ``mean`` and ``std`` None: those of the loader's beton.
+    ``pool``: processes that share the work; None: this one does it. Raises ``InputError`` as
+    ``check_corruptions`` and ``features`` do.
     """
-    if corruption not in CORRUPTIONS:
-        raise InputError(f"no corruption {corruption!r}: choose one of {', '.join(CORRUPTIONS)}")
-    _version()
+    check_corruptions(min(crop.size for crop in loader.crops), [corruption], [severity])
     if mean is None and std is None:
         mean, std = loader.beton.manifest.mean, loader.beton.manifest.std
-    batches = _Corrupted(loader, corruption, severity, seed, pool)
-    return features(encoder, batches, mean=mean, std=std)
+    return features(encoder, _Corrupted(loader, corruption, severity, pool), mean=mean, std=std)
 
 
 class _Corrupted:
     """Batches of (images, labels) of a loader that reads the set in order, corrupted."""
 
     def __init__(
-        self, loader: Loader, corruption: str, severity: int, seed: int, pool: Workers | None
+        self, loader: Loader, corruption: str, severity: int, pool: Workers | None
     ) -> None:
-        size = min(crop.size for crop in loader.crops)
-        if size < SMALLEST:
-            raise InputError(
-                f"crops of {size} pixels: the corruptions need {SMALLEST} or more; use larger crops"
-            )
         if len(loader.crops) != 1 or loader.order.shuffle or loader.order.drop_last:
             raise InputError(
                 "corrupted features need every image in order: open the loader with one Center, "
                 "shuffle=False and drop_last=False"
             )
-        self.loader, self.how, self.pool = loader, (corruption, severity, seed), pool
+        self.loader, self.how, self.pool = loader, (corruption, severity), pool
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.loader:
@@ -158,9 +173,7 @@ class _Corrupted:
             yield corrupted.to(batch.crops[0].device), batch.labels
 
 
-def _corrupt(
-    images: np.ndarray, index: np.ndarray, corruption: str, severity: int, seed: int
-) -> np.ndarray:
+def _corrupt(images: np.ndarray, index: np.ndarray, corruption: str, severity: int) -> np.ndarray:
     """uint8 (n, h, w, 3) to the same, each image with its own random numbers."""
     from imagecorruptions import corrupt
 
@@ -168,14 +181,14 @@ def _corrupt(
     try:
         done = []
         for image, number in zip(images, index.tolist(), strict=True):
-            np.random.seed(np.random.SeedSequence([seed, number]).generate_state(4))
+            np.random.seed(np.random.SeedSequence(number).generate_state(4))
             done.append(corrupt(image, severity=severity, corruption_name=corruption))
         return np.stack(done)
     finally:
         np.random.set_state(state)
 
 
-def _version() -> str:
+def _package() -> str:
     """The package's name and version. Raises ``InputError`` where it is missing."""
     try:
         import imagecorruptions  # noqa: F401

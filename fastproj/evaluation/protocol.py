@@ -4,7 +4,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,27 +15,35 @@ from fastproj.core import dist
 from fastproj.core.errors import InputError
 from fastproj.data.beton import Beton
 from fastproj.evaluation import PROBES
+from fastproj.evaluation.corruptions import check_corruptions
 from fastproj.evaluation.depths import depths_of
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.files import FeaturesFile
+from fastproj.evaluation.fold import folded
 from fastproj.evaluation.load import LoadedEncoder
 from fastproj.evaluation.probes.common import ProbeResult
 from fastproj.evaluation.published import BATCH_SIZES
 from fastproj.evaluation.results import Row
 from fastproj.evaluation.sets import Sets
+from fastproj.loaders import Loader
 from fastproj.models.architectures import IMAGENET
 
 Scored = Iterator[tuple[Row, ProbeResult | InputError]]
 """Rows with their results; where a probe cannot be run, with the reason."""
 ALL = "all"  # of ``depths``: each that the encoder has
-BATCH_SIZE = 256  # of probes that run the encoder on new crops, unless a protocol has its own
+BATCH_SIZE = 256  # of probes that train on new crops, unless a protocol has its own
 OnImages = Callable[[str, Mapping[str, Any]], ProbeResult]
 
 
 def takes_images(probe: str) -> bool:
-    """Whether the probe runs the encoder on new crops; the others take features."""
+    """Whether the probe runs the encoder on images; the others take features of train and val."""
     return "encoder" in inspect.signature(PROBES[probe]).parameters
+
+
+def _draws_crops(probe: str) -> bool:
+    """Whether a probe of images trains on new crops of them; otherwise on features of train."""
+    return "train_features" not in inspect.signature(PROBES[probe]).parameters
 
 
 def normalization(how: str, encoder: LoadedEncoder, train: Beton) -> tuple[Any, Any]:
@@ -90,13 +98,24 @@ class Protocol:
             raise InputError(
                 f"eval.probes: {of_images[0]} runs the whole encoder: give eval.depths h as well"
             )
+        if of_images and any(isinstance(sets.train, FeaturesFile) for sets in self.sets):
+            raise InputError(
+                f"eval.probes: {of_images[0]} runs the encoder on images, which a features file "
+                "does not hold: leave it out, or give betons"
+            )
+        if "corruptions" in self.probes:
+            check_corruptions(self.extractor.size, **self.probes["corruptions"])
+            if self.extractor.crops != "center":
+                raise InputError(
+                    "eval.probes: corruptions are those of center crops: give --eval.crops center"
+                )
 
     def score(self, name: str, encoder: LoadedEncoder | None, baseline: bool = False) -> Scored:
         """One row per set, depth and probe of ``encoder`` (None: the pixels), called ``name``.
 
         At another depth than h it is called ``name/depth``. With several ranks only the first one
         runs the probes; the others give no rows. A ``baseline`` is scored at those of the depths
-        that it has: it has no projector. Probes that run the encoder on new crops score h alone.
+        that it has: it has no projector. Probes that run the encoder on images score h alone.
         """
         for sets in self.sets:
             start = time.perf_counter()
@@ -114,16 +133,13 @@ class Protocol:
                     },
                     seconds={"features": seconds},
                 )
-                on_images = encoder and depth == "h" and partial(self._on_images, encoder, sets)
-                yield from self._probe(row, train, val, sets.num_classes, on_images or None)
+                on_images = None
+                if encoder and depth == "h":
+                    on_images = partial(self._on_images, encoder, sets, train)
+                yield from self._probe(row, train, val, sets.num_classes, on_images)
 
     def score_files(self) -> Scored:
-        """One row per pair of features files and probe; ``InputError`` for a probe of images."""
-        if of_images := [probe for probe in self.probes if takes_images(probe)]:
-            raise InputError(
-                f"eval.probes: {of_images[0]} runs the encoder on new crops, which a features file "
-                "does not hold: leave it out, or give betons"
-            )
+        """One row per pair of features files and probe."""
         for sets in self.sets:
             assert isinstance(sets.train, FeaturesFile) and isinstance(sets.val, FeaturesFile)
             train, val = (
@@ -175,23 +191,32 @@ class Protocol:
             yield done, result
 
     def _on_images(
-        self, encoder: LoadedEncoder, sets: Sets, probe: str, arguments: Mapping[str, Any]
+        self,
+        encoder: LoadedEncoder,
+        sets: Sets,
+        features: Features,
+        probe: str,
+        arguments: Mapping[str, Any],
     ) -> ProbeResult:
-        """The result of a probe that runs the encoder on new crops of the sets."""
+        """The result of a probe that runs the encoder on images; ``features``: those of train."""
         assert isinstance(sets.train, Beton) and isinstance(sets.val, Beton)
         mean, std = normalization(self.normalize, encoder, sets.train)
         module = encoder.module.to(memory_format=torch.channels_last).to(self.extractor.device)
-        batch_size = BATCH_SIZES.get(probe, BATCH_SIZE)
-        with (
-            closing(self.extractor.draw(sets.train, batch_size, arguments["seed"])) as train,
-            closing(self._center().open(sets.val)) as val,
-        ):
+        train: Loader | Features = features
+        with ExitStack() as opened:
+            if _draws_crops(probe):
+                batch_size = BATCH_SIZES.get(probe, BATCH_SIZE)
+                loader = self.extractor.draw(sets.train, batch_size, arguments["seed"])
+                train = opened.enter_context(closing(loader))
+            else:
+                module = folded(module)  # as for the features of train
+            val = opened.enter_context(closing(self._center().open(sets.val)))
             return PROBES[probe](
                 module, train, val, sets.num_classes, mean=mean, std=std, **arguments
             )
 
     def _center(self) -> Extractor:
-        """What probes that run the encoder on new crops score on."""
+        """What probes that run the encoder on images score on."""
         return replace(self.extractor, crops="center")
 
     def _features(

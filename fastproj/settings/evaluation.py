@@ -139,4 +139,10 @@ class Eval:
         finetune_warmup_epochs=Declared(
             _not_negative, "linear rise of the learning rate, epochs", 0.0
         ),
+        corruptions_names=Declared(
+            OrNull(Texts()), "of ImageNet-C, such as fog,snow; null: all 15", None
+        ),
+        corruptions_severities=Declared(Ints(low=1, high=5), "of each corruption", (1, 2, 3, 4, 5)),
+        corruptions_strengths=Declared(_above_zero, _path, _decades(-5)),
+        corruptions_holdout=Declared(_part, _held, 0.1),
     )

@@ -69,10 +69,11 @@ def read_score(job: Job, primary: str, val: Val | None) -> Score:
             f"of {', '.join(metrics)}"
         )
     row, metric = rows[primary]
-    # One prediction per image, and not the first of several draws.
-    single = row.protocol["probe"].get("draws", 1) == 1
+    # The predictions of the score: not those of the first of several draws, nor of clean images.
+    about = row.protocol["probe"]
+    single = about.get("draws", 1) == 1 and "corrupted" not in about
     kept = metric == "top1" and row.predictions and row.data == own and single
-    held = row.protocol["probe"].get("chosen", {}).get("holdout_top1")
+    held = about.get("chosen", {}).get("holdout_top1")
     epochs = [event for event in events if event["event"] == "epoch"]
     busy = sum(sum(event["seconds"].values()) for event in epochs)
     busy += sum(row.seconds["probe"] for row in ours)
@@ -132,7 +133,7 @@ def _protocol(row: Row) -> dict[str, Any]:
         "probe": {
             name: value
             for name, value in probe.items()
-            if name not in ("chosen", "seed", "order_seed")
+            if name not in ("chosen", "accuracies", "seed", "order_seed")
         },
     }
 

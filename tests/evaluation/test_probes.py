@@ -351,7 +351,10 @@ def test_the_seed_and_the_device_are_the_callers():
         parameters = list(inspect.signature(function).parameters.values())
         parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
         first = ["train", "val", "num_classes"]
-        first = first if name in OF_FEATURES else ["encoder", *first]
+        if name not in OF_FEATURES:
+            first = ["encoder", *first]
+        if name == "corruptions":
+            first[1] = "train_features"
         assert [p.name for p in parameters[: len(first)]] == first, name
         for parameter in parameters[len(first) :]:
             assert parameter.kind is parameter.KEYWORD_ONLY

@@ -271,15 +271,21 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_one_of_several_draws_says_nothing_of_single_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "told", [{"draws": 5}, {"corrupted": "the center crops of val", "accuracies": {"fog 1": 0.5}}]
+)
+def test_one_of_several_draws_or_clean_images_say_nothing_of_single_images(
+    tmp_path: Path, told: dict
+) -> None:
     plan = make_plan(tmp_path)
     job = write_runs(plan)[0]
     assert read_score(job, plan.primary, Val(LABELS, "v")).correct is not None
     found = json.loads(job.run.evaluation.read_text())
     for row in found["rows"]:
-        row["protocol"]["probe"]["draws"] = 5
+        row["protocol"]["probe"].update(told)
     job.run.evaluation.write_text(json.dumps(found))
-    assert read_score(job, plan.primary, Val(LABELS, "v")).correct is None
+    score = read_score(job, plan.primary, Val(LABELS, "v"))
+    assert score.correct is None and "accuracies" not in score.protocol["probe"]
 
 
 def test_arms_without_a_common_seed_have_no_gain(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,39 @@ def logistic(
     """
     start = time.perf_counter()
     num_classes = check(train, val, num_classes)
+    head = fit(train, num_classes, strengths=strengths, holdout=holdout, seed=seed, device=device)
+    scores = head.scores(val.features)
+    metrics = top(scores, val.labels.to(scores.device))
+    return ProbeResult(metrics, head.protocol, time.perf_counter() - start, scores.argmax(-1))
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A solved linear head: ``weights`` (C, d+1) of features standardized by ``mean``, ``std``.
+
+    ``protocol``: how it was solved, as in ``ProbeResult``.
+    """
+
+    weights: Tensor
+    mean: Tensor
+    std: Tensor
+    protocol: dict[str, Any]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """``features`` (N, d) -> logits (N, C)."""
+        return design(features, self.mean, self.std, self.weights.device) @ self.weights.T
+
+
+def fit(
+    train: Features,
+    num_classes: int,
+    *,
+    strengths: Sequence[float],
+    holdout: float,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> LinearHead:
+    """The head of ``logistic``, whose arguments these are; ``train`` has passed ``check``."""
     device = train.features.device if device is None else torch.device(device)
     mean, std = statistics(train.features)
     x, y = design(train.features, mean, std, device), train.labels.to(device)
@@ -69,7 +103,6 @@ def logistic(
         found = score(solved[0].heads.float(), x, y, held)
         _, chosen = choice({"strength": path}, *found, y, held)
     solved.append(solve(x[:, :-1], y, num_classes, _tensor([chosen["strength"]])))
-    scores = design(val.features, mean, std, device) @ solved[-1].heads[0].float().T
     protocol = {
         "standardization": STANDARDIZATION,
         "objective": "mean cross-entropy + strength / 2 |W|^2, intercept not penalized",
@@ -85,8 +118,7 @@ def logistic(
             "iterations": [n for part in solved for n in part.iterations.tolist()],
         },
     }
-    seconds = time.perf_counter() - start
-    return ProbeResult(top(scores, val.labels.to(device)), protocol, seconds, scores.argmax(-1))
+    return LinearHead(solved[-1].heads[0].float(), mean, std, protocol)
 
 
 def _tensor(strengths: Sequence[float]) -> Tensor:
