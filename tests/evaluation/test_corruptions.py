@@ -72,7 +72,7 @@ def test_an_images_noise_is_its_own_and_the_callers_numbers_go_on(
     assert torch.equal(one, corrupted_features(nn.Flatten(), loader, "snow", 1).features)
     clean = flat(stored(beton), beton)
     noise = (one - clean).view(COUNT, -1)
-    assert not torch.equal(noise[0], noise[1])
+    assert torch.isclose(noise[0], noise[1], atol=1e-3).double().mean() < 0.1
 
 
 def test_the_accuracies_are_those_of_scikit_learns_model_of_clean_features(

@@ -16,7 +16,7 @@ from fastproj.bench.probe import correlated
 from fastproj.core.errors import InputError
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import softmax
+from fastproj.evaluation.probes import regression, softmax
 from fastproj.evaluation.probes.least_squares import least_squares, ridge
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.perceptron import mlp, train_mlp
@@ -324,6 +324,48 @@ def test_few_shot_draws_are_stratified_nested_and_those_that_logistic_gets(digit
         assert result.metrics[f"top1{name}"] == pytest.approx(np.mean(expected))
         assert result.metrics[f"top1{name}_std"] == pytest.approx(np.std(expected, ddof=1))
     assert result.protocol["images"] == {"2": 20, "10%": len(tenth)}
+
+
+def test_few_shot_is_scikit_learns_on_each_draw(digits, monkeypatch):
+    train, val = digits
+    drawn: list[tuple[Features, np.ndarray]] = []
+
+    def recorded(part: Features, *args, **how) -> regression.LinearHead:
+        head = regression_fit(part, *args, **how)
+        drawn.append((part, head.weights.double().numpy()))
+        return head
+
+    regression_fit = regression.fit
+    monkeypatch.setattr(regression, "fit", recorded)
+    strength, labels, draws = 0.03, (3, 0.1), 3
+    result = few_shot(train, val, labels=labels, draws=draws, strength=strength, seed=7)
+    assert len(drawn) == len(labels) * draws
+    rows = {row.numpy().tobytes(): at for at, row in enumerate(train.features)}
+    chosen = [{rows[row.numpy().tobytes()] for row in part.features} for part, _ in drawn]
+    scores = []
+    for (part, head), at in zip(drawn, chosen, strict=True):
+        assert len(at) == len(part)  # no image twice
+        mean, std = part.features.numpy().mean(0), part.features.double().numpy().std(0)
+        std[std <= 1e-6 * std.max()] = 1
+        x, inputs = ((f.features.double().numpy() - mean) / std for f in (part, val))
+        ours = objective(torch.from_numpy(x), part.labels, head, strength)
+        theirs, best = oracle(torch.from_numpy(x), part.labels, strength)
+        assert ours == pytest.approx(best, rel=2e-6)
+        mine, found = (inputs @ each[:, :-1].T + each[:, -1] for each in (head, theirs))
+        second, first = np.sort(found, 1)[:, -2:].T
+        clear = first - second > 1e-3  # the others may fall either way: f is solved to 1e-6
+        assert np.array_equal(mine.argmax(1)[clear], found.argmax(1)[clear])
+        assert clear.mean() > 0.995
+        scores.append((mine.argmax(1) == val.labels.numpy()).mean())
+    counts, few, tenth = train.labels.bincount().numpy(), chosen[:draws], chosen[draws:]
+    assert all(np.array_equal(p.labels.bincount(), [3] * 10) for p, _ in drawn[:draws])
+    wanted = np.round(counts * 0.1)
+    assert all(np.array_equal(p.labels.bincount(), wanted) for p, _ in drawn[draws:])
+    assert all(small < large for small, large in zip(few, tenth, strict=True))
+    assert len({frozenset(at) for at in few}) == draws and len(set(scores)) > draws
+    for name, found in (("", scores[:draws]), ("_10%", scores[draws:])):
+        assert result.metrics[f"top1{name}"] == pytest.approx(np.mean(found), abs=1e-12)
+        assert result.metrics[f"top1{name}_std"] == pytest.approx(np.std(found, ddof=1), abs=1e-12)
 
 
 def test_few_shot_takes_one_of_a_rare_class_and_refuses_too_many():
