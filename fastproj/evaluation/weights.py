@@ -89,6 +89,12 @@ def read_weights(path: Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = checkpoint.read(path)
+    except checkpoint.CodeError as error:
+        raise InputError(
+            f"{path} is not read, {error}: if you trust it, save its weights alone, in Python with "
+            "the library that wrote it: torch.save(torch.load(FILE, weights_only=False)"
+            "['state_dict'], NEW)"
+        ) from None
     except (SafetensorError, checkpoint.DamagedError) as error:
         raise InputError(
             f"{path} is damaged or no checkpoint ({error}): copy it again, or save its weights "

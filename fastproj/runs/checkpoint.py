@@ -165,11 +165,16 @@ class DamagedError(Exception):
     """A file that cannot be read whole; the message is the reason alone."""
 
 
+class CodeError(DamagedError):
+    """A file that holds more than tensors, numbers and text, so that reading it might run code."""
+
+
 def read(path: Path) -> Any:
     """What ``torch.save`` wrote to ``path``, its tensors on the CPU, checked as ``load`` says.
 
     Also reads torch's format before 1.6, which has no checksums, and ``argparse.Namespace``
-    (DINO's checkpoints hold one). Raises ``DamagedError``, and ``PermissionError``.
+    (DINO's checkpoints hold one). Raises ``DamagedError``, of which ``CodeError`` is a kind, and
+    ``PermissionError``.
     """
     try:
         with path.open("rb") as file:
@@ -191,7 +196,8 @@ def read(path: Path) -> Any:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             reason = f"it holds {code[1]}, which is more than tensors, numbers and text"
-        elif "weights_only" in str(error):  # torch's advice is to load it without that check
+            raise CodeError(reason) from error
+        if "weights_only" in str(error):  # torch's advice is to load it without that check
             reason = "not what torch.save writes"
         raise DamagedError(reason) from error
 

@@ -1,6 +1,7 @@
 """Checkpoints of other libraries: features equal those of the library's own model."""
 
 import argparse
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # As each library saves it. solo-learn is a Lightning module with ``backbone``, ``classifier`` and,
-# in its momentum methods, ``momentum_backbone``; it isn't installed, so its layout is built here.
+# in its momentum methods, ``momentum_backbone``; test_load_solo.py has its own classes' files.
 LAYOUTS: dict[str, Callable[[nn.Module], dict]] = {
     "solo-learn": lambda m: {
         "epoch": 9,
@@ -288,6 +289,10 @@ def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path: Path) -> No
         ([1, 2], "holds a list and no weights by name"),
         ({"state_dict": {"a": 1}}, "no ResNet that its weights show"),
         ({"code": F.relu}, "it holds .*relu.*, which is more than tensors"),
+        (
+            {"state_dict": {}, "lr_schedulers": [{"get_lr": functools.partial(F.relu)}]},
+            r"is not read, it holds functools.partial, .* alone, .* weights_only=False\)\['state",
+        ),
     ],
 )
 def test_what_is_no_checkpoint(content: object, words: str, tmp_path: Path) -> None:
