@@ -41,6 +41,7 @@ from fastproj.runs.start import start
 from fastproj.settings import RUN, Settings
 from fastproj.training.build import build_trainer, run_stem
 from fastproj.training.crops import misfit
+from fastproj.training.fit import train_step
 from fastproj.training.trainer import Trainer
 
 SHOWN = 8  # samples of the first batch whose views the sinks get
@@ -214,7 +215,7 @@ def _loop(
             if trainer.step == first:
                 journal.picture("views", partial(_sheet, trainer, batch), first)
                 meter.pause()
-            metrics = trainer.train_step(batch)
+            metrics = train_step(trainer, batch)
             logged = meter.step(trainer.step, metrics, trainer.optimizer.param_groups[0]["lr"])
             writer.check()
             if interruption.requested(agree=logged) or trainer.step == last:

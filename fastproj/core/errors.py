@@ -7,8 +7,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-# How torch's RuntimeErrors say it, of a GPU (torch.OutOfMemoryError) and of the host.
-NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# How torch's RuntimeErrors say it, of a GPU (torch.OutOfMemoryError) and of the host. oneDNN's has
+# no other words for it: its kernels could not be made.
+NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|could not (create|execute) a primitive",
+    re.IGNORECASE,
+)
+ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)")  # numpy's MemoryError as well
+FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGTPE]iB) is free")  # of a GPU
 
 
 class InputError(ValueError):
@@ -21,6 +27,27 @@ class SettingError(InputError):
     """A setting that is unknown or ill-typed."""
 
     exit_code = 2
+
+
+def memory_shortage(error: Exception) -> str:
+    """What was asked for and what is free, where ``error`` says that memory is used up; else empty.
+
+    Of the host it is what is free at the call: before the exception's frames let go of theirs.
+    """
+    message = str(error)
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(message)
+    ):
+        return ""
+    from fastproj.core.machine import memory_left  # imports numpy, and --help answers at once
+
+    asked, free = ASKED.search(message), FREE.search(message)
+    left = _gigabytes(*free.groups()) if free else f"{memory_left() / 2**30:,.2f} GiB"
+    return f"{_gigabytes(*asked.groups())} asked for, {left} free" if asked else f"{left} free"
+
+
+def _gigabytes(number: str, unit: str) -> str:
+    return f"{float(number) * 2.0 ** (10 * ('BKMGTPE'.index(unit[0].upper()) - 3)):,.2f} GiB"
 
 
 def run_command(
@@ -39,10 +66,11 @@ def run_command(
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, MemoryError | RuntimeError):
-            if not isinstance(error, MemoryError) and not NO_MEMORY.search(message):
+            shortage = memory_shortage(error)
+            if not shortage:
                 raise
             message = (
-                f"out of memory ({message[:200]}): lower --optim.batch_size or --eval.batch_size, "
+                f"out of memory ({shortage}): lower --optim.batch_size or --eval.batch_size, "
                 "raise --optim.accumulate, or take smaller crops or another encoder"
             )
         if "--debug" in argv:

@@ -61,6 +61,18 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
     return total, max(0, available)
 
 
+def memory_left() -> int:
+    """Bytes that this process can still get: what is available, and allowed by ``ulimit -v``."""
+    left = memory()[1]
+    if os.name == "posix":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            left = min(left, limit - psutil.Process().memory_info().vms)
+    return max(0, left)
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to reuse what a CPU step frees, instead of returning it to the kernel each time.
 
@@ -72,6 +84,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def return_freed_memory() -> None:
+    """Give the kernel what ``keep_freed_memory`` has kept until now, as far as the heap allows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def unwritten(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:

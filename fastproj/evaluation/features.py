@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.core import dist
-from fastproj.core.errors import InputError
-from fastproj.core.progress import Progress
+from fastproj.core.errors import InputError, memory_shortage
+from fastproj.core.fit import first_that_fits, halves
+from fastproj.core.progress import Progress, write_line
 from fastproj.loaders import Batch, Center, Loader
 from fastproj.models.frozen import frozen
 
@@ -123,7 +124,7 @@ def _collect(
             images, labels = _images_and_labels(batch)
             if not len(labels):
                 continue  # this rank's part of the last step may be empty
-            values = torch.cat([_as_float(part, device, embed) for part in _parts(images, device)])
+            values = _embedded(images, len(labels), device, embed)
             if values.ndim != 2 or len(values) != len(images):
                 raise InputError(
                     f"{len(images)} images became features of shape {tuple(values.shape)}: the "
@@ -137,6 +138,33 @@ def _collect(
     if not found.features.isfinite().all():
         raise InputError("the features hold NaN or infinity: the encoder has diverged")
     return found
+
+
+def _embedded(
+    crops: Tensor, images: int, device: torch.device, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The features of the crops of so many images; ``InputError`` says how many fit into memory."""
+    parts = crops.unflatten(0, (-1, images))
+
+    def embed_first(count: int) -> Tensor:
+        some = parts[:, :count].flatten(0, 1)
+        return torch.cat([_as_float(part, device, embed) for part in _parts(some, device)])
+
+    try:
+        return embed_first(images)
+    except (MemoryError, RuntimeError) as error:
+        shortage = memory_shortage(error)
+        if not shortage or dist.world_size() > 1:
+            raise
+    said = f"out of memory with the features of {images} images at once ({shortage})"
+    write_line(f"{said}; trying what fits")
+    fitting = first_that_fits(halves(images, 1), embed_first)
+    if fitting:
+        raise InputError(f"{said}: --eval.batch_size {fitting} fits (tried)")
+    raise InputError(
+        f"{said}: nothing smaller fitted into this process, down to 1 image: start with far fewer, "
+        "or take smaller crops or another encoder"
+    )
 
 
 def _parts(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:

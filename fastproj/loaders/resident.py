@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from fastproj.core.errors import InputError
+from fastproj.core.errors import InputError, memory_shortage
 from fastproj.core.progress import Progress
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
@@ -50,9 +50,17 @@ class ResidentLoader(Loader):
         """Copy the whole set to the device as (N, 3, H, W), with a progress bar on a terminal."""
         height, width = int(self.beton.height[0]), int(self.beton.width[0])
         samples, gpu = len(self.beton), self.device.type == "cuda"
-        self.images = torch.empty(
-            (samples, 3, height, width), dtype=torch.uint8, device=self.device
-        )
+        shape = (samples, 3, height, width)
+        try:
+            self.images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        except (MemoryError, RuntimeError) as error:
+            shortage = memory_shortage(error)
+            if not shortage:
+                raise
+            raise InputError(
+                f"{self.beton.path} does not fit into the memory of {self.device} ({shortage}): "
+                "use --data.engine stream, which keeps a few batches there"
+            ) from error
         shown = self.order.rank == 0
         chunk = max(1, CHUNK // (3 * height * width))
         with (
@@ -61,8 +69,8 @@ class ResidentLoader(Loader):
         ):
             for start in range(0, samples, chunk):
                 positions = np.arange(start, min(start + chunk, samples))
-                shape = (len(positions), height, width, 3)
-                host = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
+                read = (len(positions), height, width, 3)
+                host = torch.empty(read, dtype=torch.uint8, pin_memory=gpu)
                 fill = Fill(self.beton, positions, [], padded=host)
                 for job in [
                     pool.submit(fill.run, self.first_read, positions[worker :: self.workers])
