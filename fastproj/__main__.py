@@ -6,11 +6,13 @@ takes seconds.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from fastproj.core.children import die_with
 from fastproj.core.errors import InputError, SettingError, run_command
 
 
@@ -90,6 +92,10 @@ def dispatch(argv: Sequence[str]) -> int | None:
 
 def main(command: str | None = None) -> NoReturn:
     """The console script. ``command``: the module that runs as a script hands itself over here."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: torchrun, when killed, would leave it behind
+        follow = die_with(os.getppid())
+        if follow is not None:
+            follow()
     run_command(dispatch, [*filter(None, [command]), *sys.argv[1:]])
 
 

@@ -211,12 +211,15 @@ def _executor(
     study = settings.study
     if study.executor == "processes":
         return Runner(
-            folder, study.processes, torch.cuda.device_count(), lock, check_run, finished
+            folder, study.processes, torch.cuda.device_count(), lock, check_run, finished,
+            study.ranks,
         )  # fmt: skip
     from fastproj.studies.scheduler import Scheduler  # an extra installs what it imports
 
     parameters = read_blocks(settings).submitit
-    return Scheduler(folder, study.processes, study.executor, parameters, check_run, finished)
+    return Scheduler(
+        folder, study.processes, study.executor, parameters, check_run, finished, study.ranks
+    )
 
 
 def _leave(number: int) -> None:

@@ -69,8 +69,11 @@ class Study:
     )
     processes: int | None = setting(
         OrNull(Int(1)),
-        "runs at once, fewer where memory is short; null: one per GPU, or one per core without a"
-        " GPU; on slurm any number",
+        "runs at once, fewer where memory is short; null: as many as there are GPUs, or cores"
+        " without a GPU, for study.ranks each; on slurm any number",
+    )
+    ranks: int = setting(
+        Int(1), "processes of each run, by torchrun on one machine, each with a GPU of its own", 1
     )
     executor: str = setting(
         Choice("processes", "slurm", "local", "debug"),

@@ -18,8 +18,6 @@ from subprocess import DEVNULL, Popen
 from types import FrameType
 from typing import IO, Any, Literal
 
-import psutil
-
 from fastproj.core.children import die_with
 from fastproj.core.errors import InputError
 from fastproj.core.files import append, writing
@@ -30,6 +28,7 @@ from fastproj.evaluation.results import read_evaluation
 from fastproj.runs import checkpoint, journal
 from fastproj.runs.folder import RunFolder
 from fastproj.studies.plan import Job
+from fastproj.studies.processes import own_memory, reason
 
 State = Literal["absent", "cut", "trained", "whole"]
 POLL = 0.1  # seconds between looks at the processes
@@ -44,6 +43,7 @@ FREE = (
 )
 LOGS = "logs"  # folder of what the commands print
 LEAST = 2 << 30  # bytes: what a run is taken to need until the study has seen more
+SAVING = "3600"  # seconds that torchrun gives ranks which it has told to end; by itself 30
 
 
 class StudyError(InputError):
@@ -92,15 +92,25 @@ def command(job: Job, found: State) -> list[str]:
 
 
 def spawn(argv: Sequence[str], output: IO[bytes], environment: Mapping[str, str],
-          keep: Sequence[int] = ()) -> Popen:  # fmt: skip
-    """Start ``fastproj`` in a session of its own; it dies with this process.
+          keep: Sequence[int] = (), ranks: int = 1) -> Popen:  # fmt: skip
+    """Start ``fastproj`` in a session of its own, on so many ranks; it dies with this process.
 
-    ``keep``: descriptors that it inherits.
+    ``keep``: descriptors that it inherits; of several ranks torchrun does.
     """
+    program = ["-m", "fastproj", *argv]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        program = [*torchrun, *program]
+        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING, **environment}
     return Popen(
-        [sys.executable, "-m", "fastproj", *argv], stdin=DEVNULL, stdout=output, stderr=output,
+        [sys.executable, *program], stdin=DEVNULL, stdout=output, stderr=output,
         env=environment, pass_fds=keep, preexec_fn=die_with(os.getpid()), start_new_session=True,
     )  # fmt: skip
+
+
+def at_once(processes: int | None, ranks: int, gpus: int = 0) -> int:
+    """Runs at once: ``processes``, or as many as GPUs, else cores, suffice for ``ranks`` each."""
+    return processes or max(1, (gpus or cores()) // ranks)
 
 
 def log_file(folder: Path, job: Job) -> Path:
@@ -189,6 +199,7 @@ class _Running:
     command: str
     process: Popen
     output: IO[bytes]
+    since: int  # where the command's own output begins
     slot: int
     told: bool = False  # to end
     began: float = field(default_factory=time.monotonic)
@@ -286,7 +297,8 @@ class Runner(Executor):
     ``processes``: at once at most; None is one per GPU, or one per core without a GPU. A run starts
     beside others only where the memory has room for it: for as much as the largest run of the
     study has taken, at least ``LEAST``. ``gpus``: how many there are; each of the jobs at once
-    takes one, in turns. ``lock``: a descriptor that the children inherit.
+    takes one, in turns. ``lock``: a descriptor that the children inherit. ``ranks``: processes of
+    each run, each of which takes a core or a GPU. Raises ``InputError`` for fewer GPUs than ranks.
     """
 
     def __init__(
@@ -297,9 +309,15 @@ class Runner(Executor):
         lock: int | None = None,
         check: Callable[[Job], None] = lambda job: None,
         finished: Callable[[Job], str] = lambda job: "",
+        ranks: int = 1,
     ) -> None:
         super().__init__(folder, check, finished)
-        self._processes, self._gpus = processes or gpus or cores(), gpus
+        if 0 < gpus < ranks:
+            raise InputError(
+                f"study.ranks {ranks} takes as many GPUs, and this machine shows {gpus}: lower it; "
+                "for ranks on a CPU set CUDA_VISIBLE_DEVICES to nothing"
+            )
+        self._processes, self._gpus, self._ranks = at_once(processes, ranks, gpus), gpus, ranks
         self._keep = () if lock is None else (lock,)
         self._largest = LEAST
 
@@ -343,18 +361,21 @@ class Runner(Executor):
             return
         argv = command(job, found)
         slot = min(set(range(self._processes)) - {one.slot for one in running})
-        environment = {"OMP_NUM_THREADS": str(max(1, cores() // self._processes)), **os.environ}
+        threads = max(1, cores() // (self._processes * self._ranks))
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if self._gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else [str(n) for n in range(self._gpus)]
-            environment["CUDA_VISIBLE_DEVICES"] = names[slot % self._gpus]
+            own = range(slot * self._ranks, (slot + 1) * self._ranks)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[n % self._gpus] for n in own)
         beside = sorted(one.job.name for one in running)
         self.log.event("start", job=job.name, command=argv[0], found=found, beside=beside)
         path = log_file(self.folder, job)
         with writing(path):
             output = open(path, "ab")  # noqa: SIM115
-        process = spawn(argv, output, environment, self._keep)
-        running.append(_Running(job, found, argv[0], process, output, slot))
+        since = output.tell()
+        process = spawn(argv, output, environment, self._keep, self._ranks)
+        running.append(_Running(job, found, argv[0], process, output, since, slot))
 
     def _end(self, one: _Running, running: list[_Running]) -> None:
         one.output.close()
@@ -364,18 +385,9 @@ class Runner(Executor):
             return
         if code:
             path = Path(one.output.name)
-            self._fail(one.job, f"{reason(path, code)} ({path})")
+            self._fail(one.job, f"{reason(path, one.since, code)} ({path})")
         else:
             self._begin(one.job, running, one.found)
-
-
-def own_memory(pid: int) -> int:
-    """Bytes that a process holds for itself; 0 where it has ended."""
-    try:
-        info = psutil.Process(pid).memory_info()
-    except psutil.Error:
-        return 0
-    return info.rss - getattr(info, "shared", 0)
 
 
 def _terminate(running: Sequence[_Running]) -> None:
@@ -384,16 +396,3 @@ def _terminate(running: Sequence[_Running]) -> None:
         if not one.told and one.process.poll() is None:
             one.process.terminate()
         one.told = True
-
-
-def reason(path: Path, code: int) -> str:
-    """Why a command failed: its last line where that is an error, else its exit code as well."""
-    last = (path.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    if last.startswith("error: "):
-        return last.removeprefix("error: ")
-    return f"{_ending(code)}, and its last line is {last!r}" if last else _ending(code)
-
-
-def _ending(code: int) -> str:
-    """An exit code in words; a negative one is a signal's number, as ``Popen`` says it."""
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

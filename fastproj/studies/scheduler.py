@@ -21,13 +21,14 @@ from fastproj.core.errors import InputError
 from fastproj.core.files import writing
 from fastproj.core.machine import cores
 from fastproj.studies.plan import Job
+from fastproj.studies.processes import reason
 from fastproj.studies.running import (
     POLL,
     Executor,
+    at_once,
     command,
     locked,
     log_file,
-    reason,
     spawn,
     state,
 )
@@ -44,7 +45,8 @@ class Work:
 
     folder: Path  # of the study
     job: Job
-    threads: int | None = None  # of each command; None: what the scheduler gives
+    threads: int | None = None  # of each rank; None: what the scheduler gives
+    ranks: int = 1  # of each command, within the one task of the scheduler's job
 
     def __call__(self) -> str:
         """Train or resume, then evaluate; empty if the run is whole."""
@@ -59,12 +61,13 @@ class Work:
                 if found == before:
                     return f"{self.job.run.path} is as {found} as before its last command"
                 before = found
-                process = spawn(command(self.job, found), output, environment, (lock,))
+                since = output.tell()
+                process = spawn(command(self.job, found), output, environment, (lock,), self.ranks)
                 self._pid = process.pid
                 while process.poll() is None:  # a wait would hold a lock that checkpoint needs
                     time.sleep(POLL)
                 if process.returncode:
-                    return f"{reason(path, process.returncode)} ({path})"
+                    return f"{reason(path, since, process.returncode)} ({path})"
         return ""
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -72,7 +75,8 @@ class Work:
         with contextlib.suppress(ProcessLookupError, ChildProcessError, AttributeError):
             os.kill(self._pid, 15)
             os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Work(self.folder, self.job, self.threads))
+        again = Work(self.folder, self.job, self.threads, self.ranks)
+        return submitit.helpers.DelayedSubmission(again)
 
 
 class Scheduler(Executor):
@@ -80,8 +84,9 @@ class Scheduler(Executor):
 
     On Slurm all jobs are one array, of which ``processes`` run at once at most (None: any number);
     the other two take jobs as room is. ``parameters`` are submitit's: ``timeout_min``,
-    ``gpus_per_node``, ``slurm_partition``. Raises ``InputError`` where submitit refuses them, and
-    where there is no Slurm. ``check`` and ``finished`` are the ``Executor``'s. Ctrl-C and
+    ``gpus_per_node``, ``slurm_partition``. ``ranks``: processes of each run, which share the one
+    task of its job. Raises ``InputError`` where submitit refuses them, and where there is no Slurm.
+    ``check`` and ``finished`` are the ``Executor``'s. Ctrl-C and
     SIGTERM cancel all jobs: their runs go on from the last checkpoint. Slurm's outlive the other
     signals, such as a closing terminal's, and the next start finds them.
     """
@@ -94,9 +99,10 @@ class Scheduler(Executor):
         parameters: Mapping[str, Any],
         check: Callable[[Job], None] = lambda job: None,
         finished: Callable[[Job], str] = lambda job: "",
+        ranks: int = 1,
     ) -> None:
         super().__init__(folder, check, finished)
-        self._processes, self._slurm = processes, cluster == "slurm"
+        self._processes, self._slurm, self._ranks = processes, cluster == "slurm", ranks
         array = {"slurm_array_parallelism": processes} if self._slurm and processes else {}
         try:
             with writing(folder):
@@ -124,7 +130,7 @@ class Scheduler(Executor):
                         waiting.append(job)
                     else:  # of a start that was killed: its jobs live on
                         running[job] = handle
-            room = len(waiting) if self._slurm else self._processes or cores()
+            room = len(waiting) if self._slurm else at_once(self._processes, self._ranks)
             try:
                 while (waiting or running) and not self.signal:
                     free = max(0, room - len(running))
@@ -148,9 +154,12 @@ class Scheduler(Executor):
     def _submit(self, jobs: Sequence[Job], running: dict[Job, submitit.Job]) -> None:
         if not jobs:
             return
-        threads = None if self._slurm else max(1, cores() // (self._processes or cores()))
+        beside = at_once(self._processes, self._ranks) * self._ranks
+        threads = None if self._slurm else max(1, cores() // beside)
         with self._submitit.batch():  # an array
-            handles = [self._submitit.submit(Work(self.folder, job, threads)) for job in jobs]
+            handles = [
+                self._submitit.submit(Work(self.folder, job, threads, self._ranks)) for job in jobs
+            ]
         for job, handle in zip(jobs, handles, strict=True):
             self.log.event("submit", job=job.name, id=handle.job_id)
             running[job] = handle

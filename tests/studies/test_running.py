@@ -4,6 +4,8 @@ import fcntl
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from fastproj.core.errors import InputError
 from fastproj.studies import running
 from fastproj.studies.plan import Arm, Job, Plan
+from fastproj.studies.processes import reason
 from fastproj.studies.running import Log, Runner, StudyError, locked, state
 from tests.support.studies import fake_run
 from tests.support.terminals import terminal
@@ -65,13 +68,16 @@ class Process:
     """A command that ends when it is looked at for the second time, after doing its work."""
 
     pid = 2**22 + 1  # no process has it
-    started: list[list[str]] = []
+    programs: list[list[str]] = []
+    started: list[list[str]] = []  # the words after fastproj
     environments: list[dict[str, str]] = []
     codes: dict[str, int] = {}  # command and folder -> exit code
     jobs: dict[str, Job] = {}
 
     def __init__(self, argv: Sequence[str], env: dict[str, str], **rest: Any) -> None:
-        self.words, self.looked, self.returncode = list(argv[3:]), 0, None
+        self.programs.append(list(argv))
+        at = list(argv).index("fastproj") + 1
+        self.words, self.looked, self.returncode = list(argv[at:]), 0, None
         self.started.append(self.words)
         self.environments.append(env)
         self.output = rest["stdout"]
@@ -102,7 +108,7 @@ class Process:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> type[Process]:
-    for name, value in {"started": [], "environments": [], "codes": {}}.items():
+    for name, value in {"programs": [], "started": [], "environments": [], "codes": {}}.items():
         monkeypatch.setattr(Process, name, value)
     monkeypatch.setattr(Process, "jobs", {job.name: job for job in jobs})
     monkeypatch.setattr(running, "Popen", Process)
@@ -195,6 +201,37 @@ def test_runs_at_once_share_the_cores_or_take_a_gpu_each_and_the_log_says_so(
     assert {event["code"] for event in ends} == {0} and len(ends) == len(starts) == 6
 
 
+@pytest.mark.parametrize("visible", [None, "a,b,c,d,e"])
+def test_runs_of_several_ranks_are_torchruns_with_gpus_of_their_own(
+    jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(running, "cores", lambda: 9)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    runner = Runner(tmp_path / "s", None, gpus=5, ranks=2)
+    runner.run(jobs)
+    assert not runner.problems and len(process.programs) == 8
+    for program in process.programs:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        assert program[1:7] == [*torchrun, "-m", "fastproj"]
+    starts = [event for event in runner.log.events() if event["event"] == "start"]
+    assert max(len(event["beside"]) for event in starts) == 1  # five GPUs are room for two runs
+    used = {env["CUDA_VISIBLE_DEVICES"] for env in process.environments}
+    assert used == ({"a,b", "c,d"} if visible else {"0,1", "2,3"})
+    assert {env["OMP_NUM_THREADS"] for env in process.environments} == {"2"}  # 9 cores, 4 ranks
+
+
+def test_ranks_take_a_core_each_and_no_fewer_gpus_than_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "cores", lambda: 5)
+    assert [running.at_once(None, ranks) for ranks in (1, 2, 3, 6)] == [5, 2, 1, 1]
+    assert running.at_once(3, 2, 4) == 3 and running.at_once(None, 4, 8) == 2
+    with pytest.raises(InputError, match="study.ranks 3 takes as many GPUs.* shows 2: lower it"):
+        Runner(tmp_path / "s", None, gpus=2, ranks=3)
+
+
 def test_a_run_starts_beside_others_only_where_memory_has_room_for_one_as_large(
     jobs: list[Job], process: type[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +264,31 @@ def test_the_memory_of_a_process_is_its_own_and_nothing_after_its_end() -> None:
     block = bytearray(64 << 20)
     assert len(block) < running.own_memory(os.getpid()) < 64 << 30
     assert running.own_memory(2**22 + 1) == 0  # above the kernel's largest id
+
+
+def test_the_memory_of_a_run_is_that_of_its_ranks_too() -> None:
+    held = "block = bytearray(b'x' * (64 << 20))"
+    wait = "print(flush=True); input()"
+    inner = f"{held}; {wait}"
+    outer = f"import subprocess, sys; {held}\nsubprocess.run([sys.executable, '-c', {inner!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", outer], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()  # the inner one holds its block
+        assert 128 << 20 < running.own_memory(process.pid) < 192 << 20
+        process.stdin.close()
+
+
+def test_the_reason_is_the_first_error_of_this_command(tmp_path: Path) -> None:
+    """Of several ranks, the others and torchrun write more after it."""
+    path = tmp_path / "log"
+    path.write_text("error: of an earlier start\n")
+    since = path.stat().st_size
+    assert reason(path, since, -9) == "killed by SIGKILL"
+    with path.open("a") as file:
+        file.write("step 1\nerror: the disk is full\nerror: rank 0 lost rank 1\n=====\n")
+    assert reason(path, since, 1) == "the disk is full"
 
 
 def test_what_may_change_reaches_a_run_that_is_there(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def started(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     """The commands as they start; the second job's training fails."""
     found: list[list[str]] = []
 
-    def spawn(argv: Sequence[str], output: Any, environment: Any, keep: Any) -> Process:
+    def spawn(argv: Sequence[str], output: Any, environment: Any, keep: Any, ranks: int) -> Process:
         found.append(list(argv))
+        assert ranks == 2
         job = next(job for job in jobs if job.run.path.name in " ".join(argv))
         if job is jobs[1]:
             output.write(b"error: the disk is full\n")
@@ -67,7 +68,7 @@ def test_each_job_of_the_scheduler_brings_one_run_to_its_end(
     checked: list[str] = []
     runner = Scheduler(
         tmp_path / "s", None, "debug", {"timeout_min": 3}, lambda job: checked.append(job.name),
-        lambda job: str(seen.append(job.name)),
+        lambda job: str(seen.append(job.name)), ranks=2,
     )  # fmt: skip
     runner.run(jobs)
     assert [words[:2] for words in started] == [
@@ -90,7 +91,7 @@ def test_a_command_that_changes_nothing_is_not_repeated_for_ever(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.fake_run", lambda *args, **rest: None)
     Scheduler(tmp_path / "s", None, "debug", {})  # makes the folder
-    assert "is as absent as before its last command" in Work(tmp_path / "s", jobs[0])()
+    assert "is as absent as before its last command" in Work(tmp_path / "s", jobs[0], ranks=2)()
     assert len(started) == 1
 
 
@@ -102,7 +103,7 @@ def test_a_job_that_is_requeued_first_lets_training_save(jobs: list[Job], tmp_pa
     )
     assert child.stdout
     child.stdout.readline()
-    work = Work(tmp_path / "s", jobs[0], 1)
+    work = Work(tmp_path / "s", jobs[0], 1, 2)
     assert work.checkpoint().function == work  # before any command has started
     work._pid = child.pid
     again = work.checkpoint()
