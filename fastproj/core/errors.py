@@ -10,7 +10,7 @@ from typing import NoReturn
 # How torch's RuntimeErrors say it, of a GPU (torch.OutOfMemoryError) and of the host. oneDNN's has
 # no other words for it: its kernels could not be made.
 NO_MEMORY = re.compile(
-    "out of memory|can't allocate memory|not enough memory|could not (create|execute) a primitive",
+    "out of memory|can't allocate memory|not enough memory|could not (create|execute) a primitive$",
     re.IGNORECASE,
 )
 ASKED = re.compile(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)")  # numpy's MemoryError as well
