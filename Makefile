@@ -2,7 +2,7 @@
 # make test   set-up, then the whole test suite, in two processes
 # make soak   the tests that make test leaves out for their time
 # make check  ruff and mypy
-# make bench  rates of every stage, beside its peers and its limit (some 20 minutes)
+# make bench  rates of every stage, beside its peers and its limit (some 25 minutes)
 # make wheel  dist/: the source distribution, and a wheel from it for any Linux (libjpeg inside)
 .NOTPARALLEL:
 

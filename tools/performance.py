@@ -2,8 +2,9 @@
 
     python tools/performance.py
 
-The figures come from docs/bench-cpu*.json, the hand-written notes from docs/performance-notes.md,
-where each heading is the name of a stage. Those of a GPU: ``performance_gpu.py``.
+The figures come from docs/bench-cpu*.json, those of probes from docs/eval-cpu*.json, which
+``fastproj evaluate`` wrote; the hand-written notes from docs/performance-notes.md, where each
+heading is the name of a stage. Those of a GPU: ``performance_gpu.py``.
 """
 
 import json
@@ -28,7 +29,9 @@ TITLES = {
     "views": "Views: ready crops to SimCLR views",
     "heads": "Heads: a training step of the sparse projector",
     "step": "Step: training, beside the same step on ready data",
-    "probe": "Probe: linear probes",
+    "features": "Features: stored images to features of a frozen encoder",
+    "logistic": "Logistic regression: a path of strengths",
+    "probe": "Probe: a grid of linear probes",
     "neighbors": "Neighbors: the kNN probe",
     "published": "Published probes: an epoch of linear heads on new crops of a frozen encoder",
     "start": "Start: building a loader to its first batch, in a new process (seconds: 1 / rate)",
@@ -39,6 +42,7 @@ TITLES = {
     "endtoend": "End to end: SimCLR from images to accuracy",
 }
 
+PROBED = "Every probe on one checkpoint"  # heading of the table of the eval.json files
 AXES = ("growth", "encoders", "imagenet1k")  # whose cases begin with what their rows differ in
 
 
@@ -67,7 +71,10 @@ RATIOS = (
     Ratio("training", "step", "", "", "the step on ready data"),
     Ratio("sparse head at the paper's size", "heads", "", "", "relu"),
     Ratio("a grid of linear probes", "probe", "epochs", "", "one by one"),
-    Ratio("logistic regression, 16 strengths", "probe", "strengths", "", "scikit-learn"),
+    Ratio("features, small ResNet", "features", "small", "", "our batches"),
+    Ratio("the same", "features", "small", "", "torch DataLoader"),
+    Ratio("16 strengths, 10 classes", "logistic", " 10 classes", "", "scikit-learn"),
+    Ratio("16 strengths, 100 classes", "logistic", "100 classes", "", "scikit-learn"),
     Ratio("kNN, 10,000 queries", "neighbors", "", "", "scikit-learn"),
     Ratio("the same", "neighbors", "", "", "faiss"),
     Ratio(
@@ -201,6 +208,25 @@ def table(cells: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def probed() -> str:
+    """One row per probe of the committed eval.json files."""
+    cells = [["trained on", "probe", "top-1, %", "probe's seconds"]]
+    for path in sorted(DOCS.glob("eval-cpu*.json"), reverse=True):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            images = row["protocol"]["data"]["train"]["images"]
+            points = {name: 100 * value for name, value in row["metrics"].items()}
+            scores = [
+                f"{name.removeprefix('top1').removeprefix('_')} {points[name]:.2f}"
+                + (f" ± {points[f'{name}_std']:.2f}" if f"{name}_std" in points else "")
+                for name in points
+                if name.startswith("top1") and not name.endswith("_std")
+            ]
+            score = "; ".join(scores).strip()
+            seconds = f"{row['seconds']['probe']:.2g}"
+            cells.append([f"{images:,}", f"`{row['probe']}`", score, seconds])
+    return table(cells)
+
+
 def load() -> dict[str, dict[str, Any]]:
     """The committed results, by file name."""
     found = sorted(DOCS.glob("bench-cpu*.json"))
@@ -230,7 +256,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                 parts += [f"{case[0].upper()}{case[1:]}:\n", table(stage_cells(lines))]
         if stage in written:
             parts.append(f"{written[stage]}\n")
-    parts += [f"## {name}\n\n{text}\n" for name, text in written.items() if name not in STAGES]
+    for name, text in written.items():
+        if name not in STAGES:
+            parts += [f"## {name}\n", *([probed()] if name == PROBED else []), f"{text}\n"]
     return "\n".join(parts)
 
 

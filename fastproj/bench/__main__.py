@@ -23,10 +23,12 @@ from fastproj.bench import (
     detection,
     encoders,
     endtoend,
+    features,
     growth,
     heads,
     imagenet1k,
     loaders,
+    logistic,
     neighbors,
     probe,
     published,
@@ -50,6 +52,8 @@ STAGES: dict[str, Callable[[Plan], list[Row]]] = {
     "views": views.run,
     "heads": heads.run,
     "step": step.run,
+    "features": features.run,
+    "logistic": logistic.run,
     "probe": probe.run,
     "neighbors": neighbors.run,
     "published": published.run,
@@ -60,7 +64,7 @@ STAGES: dict[str, Callable[[Plan], list[Row]]] = {
     "imagenet1k": imagenet1k.run,
     "endtoend": endtoend.run,
 }
-ALONE = ("encoders", "imagenet1k", "endtoend")  # take long, so ``all`` leaves them out
+ALONE = ("logistic", "encoders", "imagenet1k", "endtoend")  # take long, so ``all`` leaves them out
 SETS = ("photos", "squares", "small")
 PEERS = {"dali": "nvidia-dali-cuda120", "faiss": "faiss-cpu", "spdl": "spdl", "kornia": "kornia",
          "lightly": "lightly", "simplejpeg": "simplejpeg",

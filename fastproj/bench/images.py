@@ -7,10 +7,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastproj.data.beton import Beton
 from fastproj.data.layout import JPEG
 from fastproj.data.subset import subset
+from fastproj.evaluation.probes.common import stratified_split
 
 
 def several_times(beton: Beton, images: int) -> Beton:
@@ -20,6 +22,14 @@ def several_times(beton: Beton, images: int) -> Beton:
     """
     times = -(-images // len(beton))
     return subset(beton, np.tile(np.arange(len(beton)), times))
+
+
+def drawn(beton: Beton, images: int) -> Beton:
+    """At most ``images`` samples, drawn by class."""
+    if images >= len(beton):
+        return beton
+    labels = torch.from_numpy(beton.label)
+    return subset(beton, stratified_split(labels, images / len(beton), seed=1)[1].numpy())
 
 
 def describe(beton: Beton) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastproj.bench import Engine, Plan, Row, compare, limits
-from fastproj.bench.probe import correlated
+from fastproj.bench.logistic import correlated
 from fastproj.evaluation.features import Features
 from fastproj.evaluation.probes.neighbors import knn
 

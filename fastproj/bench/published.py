@@ -10,13 +10,12 @@ from torchvision import transforms as tv
 
 from fastproj.bench import Engine, Plan, Row, compare
 from fastproj.bench.endtoend import RawImages
+from fastproj.bench.images import drawn
 from fastproj.core.device import choose_precision
 from fastproj.data.beton import Beton
 from fastproj.data.layout import RAW
-from fastproj.data.subset import subset
 from fastproj.evaluation.crops import crops_probe
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes.common import stratified_split
 from fastproj.loaders import Crop, open_loader
 from fastproj.models.encoders import build_encoder, num_features
 
@@ -38,9 +37,7 @@ def run(
     """
     if plan.small is None or not (plan.small.mode == RAW).all():
         return []
-    count = min(images, len(plan.small))
-    _, drawn = stratified_split(torch.from_numpy(plan.small.label), count / len(plan.small), 0)
-    beton = subset(plan.small, drawn.numpy()) if count < len(plan.small) else plan.small
+    beton = drawn(plan.small, images)
     batch = min(batch, len(beton))
     rows = []
     for name in encoders:

@@ -24,9 +24,11 @@ from fastproj.bench import (
     decode,
     detection,
     endtoend,
+    features,
     growth,
     heads,
     loaders,
+    logistic,
     neighbors,
     peers,
     probe,
@@ -43,6 +45,7 @@ from fastproj.bench.picture import draw
 from fastproj.core.errors import InputError, run_command
 from fastproj.data.beton import Beton
 from fastproj.evaluation.probes.sgd import fit
+from fastproj.evaluation.probes.softmax import certify, solve
 from fastproj.prepare.encode import Store
 from fastproj.settings import BENCH, load
 from tests.support.betons import digit_like, photographs, write
@@ -251,9 +254,7 @@ def test_the_step_waits_for_data_as_long_as_it_says(small: Beton) -> None:
 
 
 def test_probes_one_by_one_are_those_of_the_grid() -> None:
-    rows = measured(probe.grid(plan(), images=512, features=8, classes=3, epochs=1))
-    assert [row.role for row in rows.values()] == ["ours", "peer", "limit"]
-    rows = measured(probe.path(plan(), 300, 8, 3, strengths=(0.01, 0.1)))
+    rows = measured(probe.run(plan(), images=512, features=8, classes=3, epochs=1))
     assert [row.role for row in rows.values()] == ["ours", "peer", "limit"]
     x, y = torch.randn(300, 9), torch.arange(300) % 3
     every = torch.arange(300)
@@ -261,6 +262,41 @@ def test_probes_one_by_one_are_those_of_the_grid() -> None:
     together = fit(x, y, every, 3, grid, 2, 64, 0)
     for head, each in zip(together, grid, strict=True):
         assert torch.allclose(head, fit(x, y, every, 3, [each], 2, 64, 0)[0], atol=1e-5)
+
+
+def test_scikit_learns_path_reaches_the_same_objective_and_accuracy() -> None:
+    ours, theirs, limit = logistic.run(plan(), 300, 200, 8, classes=(3,), strengths=(0.01, 0.1))
+    assert [row.role for row in (ours, theirs, limit)] == ["ours", "peer", "limit"]
+    assert ours.rate and theirs.rate and limit.rate and not theirs.missing
+    accuracy = re.fullmatch(r"certified: \S+ of the objective; (\S+) % of 200 others", ours.note)
+    assert accuracy and float(accuracy[1]) > 50
+    apart = re.fullmatch(
+        r"LogisticRegression, .*, tol 1e-0\d, \d thread\(s\), objective within 1e-05; "
+        r"accuracies at most (\S+) points from ours",
+        theirs.note,
+    )
+    assert apart and float(apart[1]) <= 0.5  # one of 200
+
+
+def test_a_path_that_ends_too_far_away_is_given_up() -> None:
+    x, y = logistic.correlated(300, 8, 3)
+    strengths = torch.tensor([0.1, 0.01], dtype=torch.float64)
+    best = solve(x, y, 3, strengths).objective
+    peer = logistic.ScikitLearn(x, y, strengths, best)
+    peer.prepare()
+    _, values, _ = certify(x, y, peer.heads, strengths)
+    assert ((values - best) / best).max() <= logistic.EXCESS
+    assert peer.solve(1.0, 1, closely=True)[0] is None and peer.solve(1.0, 1)[0] is not None
+    beyond = logistic.ScikitLearn(x, y, strengths, best / 2)
+    with pytest.raises(AssertionError, match="does not come within 1e-05"):
+        beyond.prepare()
+
+
+def test_features_beside_the_encoder_as_trained(small: Beton) -> None:
+    found = measured(features.run(plan(small=small), 18, 16, encoders=("resnet_small",)))
+    assert [row.role for row in found.values()] == ["ours", "peer", "peer", "limit"]
+    assert {row.case for row in found.values()} == {"resnet_small, 16 px, 18 images"}
+    assert not features.run(plan())
 
 
 def test_neighbors_beside_brute_force_of_others() -> None:
@@ -283,8 +319,7 @@ def test_end_to_end_on_few_images(small: Beton, monkeypatch: pytest.MonkeyPatch)
     missing = {"no such engine": ("peer", lambda job, seed: __import__("no_such_peer"))}
     monkeypatch.setattr(endtoend, "ENGINES", endtoend.ENGINES | missing)
     rows = endtoend.run(
-        plan(small=small), images=18, held_out=6, epochs=1, seeds=2, batch=6, size=16,
-        probe_epochs=2,
+        plan(small=small), images=18, held_out=6, epochs=1, seeds=2, batch=6, size=16
     )  # fmt: skip
     *here, gone = rows
     assert gone.missing == "No module named 'no_such_peer'"

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from torch import nn
 
-from fastproj.bench.probe import correlated
+from fastproj.bench.logistic import correlated
 from fastproj.core.errors import InputError
 from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.features import Features

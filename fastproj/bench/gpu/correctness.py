@@ -19,7 +19,7 @@ from fastproj.augment.views import Augmentation
 from fastproj.bench.gpu.measure import wait
 from fastproj.bench.gpu.record import Check, Item, NotMeasuredError, Record
 from fastproj.bench.gpu.runs import Sets, options, train_run
-from fastproj.bench.probe import correlated
+from fastproj.bench.logistic import correlated
 from fastproj.bench.step import simclr
 from fastproj.core.device import exact_float32
 from fastproj.core.errors import InputError
