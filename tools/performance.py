@@ -222,7 +222,7 @@ def probed() -> str:
                 if name.startswith("top1") and not name.endswith("_std")
             ]
             score = "; ".join(scores).strip()
-            seconds = f"{row['seconds']['probe']:.2g}"
+            seconds = number(row["seconds"]["probe"])
             cells.append([f"{images:,}", f"`{row['probe']}`", score, seconds])
     return table(cells)
 
