@@ -1,7 +1,7 @@
 """Features of a frozen encoder from stored images, beside the same encoder as it was trained."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,10 +23,7 @@ BATCH = 512  # images that the loaders give at once; the eager encoder takes all
 
 
 def run(
-    plan: Plan,
-    images: int = 10_240,
-    size: int = 32,
-    encoders: Sequence[str] = ("resnet_small", "resnet18"),
+    plan: Plan, images: int = 10_240, size: int = 32, encoder: str = "resnet_small"
 ) -> list[Row]:
     """Features of ``images`` of ``plan.small``, in float32; the unit is an image.
 
@@ -37,28 +34,25 @@ def run(
     if plan.small is None or not (plan.small.mode == RAW).all():
         return []
     beton = drawn(plan.small, images)
-    rows = []
-    for name in encoders:
-        torch.manual_seed(0)
-        plain = build_encoder(name, "cifar").eval().requires_grad_(False)
-        fast, eager = (
-            module.to(plan.device).to(memory_format=torch.channels_last)
-            for module in (folded(plain), copy.deepcopy(plain))
-        )
-        plain.to(plan.device)
-        engines = [
-            Engine("ours", "ours", len(beton), partial(_ours, plan, beton, fast, size),
-                   f"batch norm folded, {CACHED_IMAGES} images at once on a CPU"),
-            Engine("our batches, the encoder eager", "peer", len(beton),
-                   partial(_eager, plan, beton, eager, size)),
-            Engine("torch DataLoader + torchvision, eager", "peer", len(beton),
-                   partial(_plain, plan, beton, plain)),
-            Engine("our encoder alone", "limit", len(beton),
-                   partial(_alone, plan, fast, size, len(beton))),
-        ]  # fmt: skip
-        case = f"{name}, {size} px, {len(beton):,} images"
-        rows += compare("features", case, "images", engines, 1, plan.repeats)
-    return rows
+    torch.manual_seed(0)
+    plain = build_encoder(encoder, "cifar").eval().requires_grad_(False)
+    fast, eager = (
+        module.to(plan.device).to(memory_format=torch.channels_last)
+        for module in (folded(plain), copy.deepcopy(plain))
+    )
+    plain.to(plan.device)
+    engines = [
+        Engine("ours", "ours", len(beton), partial(_ours, plan, beton, fast, size),
+               f"batch norm folded, {CACHED_IMAGES} images at once on a CPU"),
+        Engine("our batches, the encoder eager", "peer", len(beton),
+               partial(_eager, plan, beton, eager, size)),
+        Engine("torch DataLoader + torchvision, eager", "peer", len(beton),
+               partial(_plain, plan, beton, plain)),
+        Engine("our encoder alone", "limit", len(beton),
+               partial(_alone, plan, fast, size, len(beton))),
+    ]  # fmt: skip
+    case = f"{encoder}, {size} px, {len(beton):,} images"
+    return compare("features", case, "images", engines, 1, plan.repeats)
 
 
 def _loader(plan: Plan, beton: Beton, size: int) -> Loader:

@@ -293,7 +293,7 @@ def test_a_path_that_ends_too_far_away_is_given_up() -> None:
 
 
 def test_features_beside_the_encoder_as_trained(small: Beton) -> None:
-    found = measured(features.run(plan(small=small), 18, 16, encoders=("resnet_small",)))
+    found = measured(features.run(plan(small=small), 18, 16))
     assert [row.role for row in found.values()] == ["ours", "peer", "peer", "limit"]
     assert {row.case for row in found.values()} == {"resnet_small, 16 px, 18 images"}
     assert not features.run(plan())
