@@ -73,8 +73,8 @@ RATIOS = (
     Ratio("a grid of linear probes", "probe", "epochs", "", "one by one"),
     Ratio("features, small ResNet", "features", "small", "", "our batches"),
     Ratio("the same", "features", "small", "", "torch DataLoader"),
-    Ratio("16 strengths, 10 classes", "logistic", " 10 classes", "", "scikit-learn"),
-    Ratio("16 strengths, 100 classes", "logistic", "100 classes", "", "scikit-learn"),
+    Ratio("logistic regression, 10 classes", "logistic", " 10 classes", "", "scikit-learn"),
+    Ratio("the same, 100 classes", "logistic", "100 classes", "", "scikit-learn"),
     Ratio("kNN, 10,000 queries", "neighbors", "", "", "scikit-learn"),
     Ratio("the same", "neighbors", "", "", "faiss"),
     Ratio(
@@ -138,7 +138,7 @@ def machine(result: dict[str, Any]) -> str:
     return (
         f"{where}; {environment['platform']}, Python {environment['python']}; {versions}; commit "
         f"{git['commit'][:12]}{changed}; {given['workers']} loader workers, {result['threads']} "
-        f"threads. Images: {sets}."
+        f"threads." + (f" Images: {sets}." if sets else "")
     )
 
 

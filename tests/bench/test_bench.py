@@ -503,7 +503,7 @@ def test_a_page_says_what_is_missing_and_what_was_not_measured(maker: Any) -> No
     }
     page = maker.page({"bench-cpu.json": result})
     assert "| SPDL from files | peer |" in page and "missing: it is not here" in page
-    assert "H100, 4 cores of Xeon" in page and "dali" not in page.partition("Images")[0]
+    assert "H100, 4 cores of Xeon" in page and "dali" not in page.partition("## Ratios")[0]
     assert "| workers | images/s |" in page and "1.00 GB" in page
 
 
