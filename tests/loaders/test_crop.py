@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastproj.loaders.crop import compiled_crop_batch, crop_batch, resize_matrices
 from tests.support.betons import photograph
@@ -121,6 +122,21 @@ def test_compiled_crops_have_the_same_pixels(dtype: torch.dtype) -> None:
     for kind in KINDS:
         crops = compiled_crop_batch()(images(kind), boxes(), SIZES[0], dtype)
         assert torch.equal(crops, crop_batch(images(kind), boxes(), SIZES[0])), kind
+
+
+def test_padded_batches_of_many_shapes_need_three_graphs() -> None:
+    """Photographs pad each batch to its own height and width; each graph costs seconds."""
+    counter, graphs = CompileCounterWithBackend("eager"), []
+    torch.compiler.reset()
+    for height, width in ((40, 40), (40, 37), (39, 40), (37, 37), (35, 33), (40, 39), (12, 30),
+                          (6, 4), (64, 48), (40, 40), (16, 16), (300, 200)):  # fmt: skip
+        batch, inside = images("noise", 3, height, width), boxes(2, 3, height, width)
+        with torch.compiler.set_stance("default", force_backend=counter):  # without C++
+            crops = compiled_crop_batch()(batch, inside, 16)
+        assert torch.equal(crops, crop_batch(batch, inside, 16)), (height, width)
+        graphs.append(counter.frame_count)
+    torch.compiler.reset()
+    assert graphs == [1, 2, *[3] * 10]  # one shape; widths that change; heights as well
 
 
 @pytest.mark.gpu

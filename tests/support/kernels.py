@@ -6,7 +6,7 @@ the code for it is generated, but neither compiled nor run.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -86,11 +86,14 @@ def count(
     *inputs: Any,
     backward: bool = False,
     options: dict[str, Any] | None = None,
+    after: Sequence[tuple[Any, ...]] = (),
 ) -> Counted:
     """Compile ``function`` of ``inputs``, tensors without data on a CPU, as if for an H100.
 
     ``backward``: the result is a scalar, and its backward pass is compiled as well. ``options``:
-    Inductor's, as ``torch.compile`` takes them.
+    Inductor's, as ``torch.compile`` takes them. ``after``: inputs of other shapes that come first
+    and are not counted; what is counted is the code for shapes that change, and ``inputs`` are
+    those whose bytes are counted.
     """
     found: list[tuple[int, str]] = []
 
@@ -104,7 +107,12 @@ def count(
 
     torch.compiler.reset()
     with inductor.patch(options or {}):
-        result = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*inputs)
+        dynamic = None if after else False
+        compiled = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
+        for others in after:
+            compiled(*others)
+        found.clear()
+        result = compiled(*inputs)
         if backward:
             result.backward()
     torch.compiler.reset()
@@ -119,7 +127,9 @@ def count(
 
 def _lowered(graph: GraphModule, example: list[Any]) -> tuple[int, str]:
     """Bytes and code of one graph, moved to the GPU."""
-    mode = FakeTensorMode()
+    sizes = [x.node.shape_env for x in example if isinstance(x, torch.SymInt)]
+    shapes = sizes[0] if sizes else None
+    mode = FakeTensorMode(shape_env=shapes)
 
     def moved(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -137,7 +147,7 @@ def _lowered(graph: GraphModule, example: list[Any]) -> tuple[int, str]:
     with tracing(None), an_h100(), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         _recursive_record_original_output_strides(there)
         _recursive_post_grad_passes(there, is_inference=False)
-        lowering = GraphLowering(there, example_inputs=inputs)
+        lowering = GraphLowering(there, example_inputs=inputs, shape_env=shapes)
         with V.set_graph_handler(lowering):
             lowering.run(*inputs)
             code = lowering.codegen()[0]
