@@ -25,7 +25,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,7 @@ from torch import Tensor, nn
 
 from fastproj.core.errors import SettingError
 
-Array = np.ndarray
-
 DENSE_SHARE = 1 / 16  # a CPU computes sparsely for k up to this fraction of the latents
-STRIDE = 32  # every 32nd latent is sampled to guess the k-th largest; 16 to 64 are equally fast
 
 
 class Sparse(nn.Module):
@@ -177,8 +173,10 @@ def _largest(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("fastproj::select", mutates_args=())
 def _select(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``_largest`` on a CPU, float32 or float64."""
+    from fastproj.models.sparse_kernels import select_rows
+
     values, index = _empty_selection(activations, k)
-    _in_threads(_select_rows, len(values), activations, values, index)
+    _in_threads(select_rows, len(values), activations, values, index)
     return values, index
 
 
@@ -193,11 +191,13 @@ def _gradients(
     grad: Tensor, x: Tensor, values: Tensor, index: Tensor, decoder: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of values, weight, bias and decoder, given the output's ``grad`` (N, out)."""
+    from fastproj.models.sparse_kernels import by_latent, latent_gradients
+
     gradients = _empty_gradients(grad, x, values, index, decoder)
-    starts, order = map(torch.from_numpy, _by_latent(values.numpy(), index.numpy(), len(decoder)))
+    starts, order = map(torch.from_numpy, by_latent(values.numpy(), index.numpy(), len(decoder)))
     gradients[0].zero_()  # the others are overwritten completely
     _in_threads(
-        _latent_gradients, len(decoder), starts, order, grad, x, values, decoder, *gradients
+        latent_gradients, len(decoder), starts, order, grad, x, values, decoder, *gradients
     )
     return gradients
 
@@ -225,90 +225,3 @@ def _in_threads(kernel: Callable[..., None], total: int, *tensors: Tensor) -> No
     ends = np.linspace(0, total, 4 * threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda first, last: kernel(first, last, *arrays), ends[:-1], ends[1:]))
-
-
-@numba.njit(nogil=True, cache=True)
-def _above(row: Array, floor: float, found: Array, where: Array) -> int:
-    n = 0
-    for j in range(len(row)):
-        if not row[j] <= floor:  # includes NaN, so that a diverged run is noticed
-            found[n], where[n] = row[j], j
-            n += 1
-    return n
-
-
-@numba.njit(nogil=True, cache=True)
-def _select_rows(first: int, last: int, activations: Array, values: Array, index: Array) -> None:
-    latents, k = activations.shape[1], values.shape[1]
-    found = np.empty(latents, activations.dtype)
-    where = np.empty(latents, np.int64)
-    for r in range(first, last):
-        row = activations[r]
-        # Guess the k-th largest, slightly too low, from a sample: few latents exceed it.
-        sample = row[::STRIDE].copy()
-        wanted = k / STRIDE
-        rank = len(sample) - min(int(wanted + 3 * np.sqrt(wanted)) + 2, len(sample))
-        guess = np.partition(sample, rank)[rank]
-        n = _above(row, guess, found, where) if guess > 0 else 0
-        if n < k:
-            n = _above(row, 0, found, where)
-        kept = 0
-        if n > k:
-            least = np.partition(found[:n], n - k)[n - k]
-            ties = k  # becomes the number of latents equal to the least that are kept
-            for i in range(n):
-                ties -= not found[i] <= least
-            for i in range(n):
-                tie = found[i] == least
-                if kept < k and (not found[i] <= least or (tie and ties > 0)):
-                    values[r, kept], index[r, kept] = found[i], where[i]
-                    kept += 1
-                    ties -= tie
-        else:
-            values[r, :n], index[r, :n] = found[:n], where[:n]
-            kept = n
-            for j in range(latents):
-                if kept < k and row[j] <= 0:
-                    values[r, kept], index[r, kept] = 0, j
-                    kept += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def _by_latent(values: Array, index: Array, latents: int) -> tuple[Array, Array]:
-    """Where each latent's entries start, and the flat positions of nonzero values by latent."""
-    flat, latent = values.ravel(), index.ravel()
-    starts = np.zeros(latents + 1, np.int64)
-    for i in range(len(flat)):
-        if flat[i] != 0:
-            starts[latent[i] + 1] += 1
-    starts = np.cumsum(starts)
-    free = starts[:-1].copy()
-    order = np.empty(starts[-1], np.int64)
-    for i in range(len(flat)):
-        if flat[i] != 0:
-            order[free[latent[i]]] = i
-            free[latent[i]] += 1
-    return starts, order
-
-
-# Sums may be reordered; otherwise they are not vectorized.
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _latent_gradients(
-    first: int, last: int, starts: Array, order: Array, grad: Array, x: Array, values: Array,
-    decoder: Array, d_values: Array, d_weight: Array, d_bias: Array, d_decoder: Array,
-) -> None:  # fmt: skip
-    k = values.shape[1]
-    for latent in range(first, last):
-        d_weight[latent], d_bias[latent], d_decoder[latent] = 0, 0, 0
-        weights, of_weights, of_weight = decoder[latent], d_decoder[latent], d_weight[latent]
-        for i in order[starts[latent] : starts[latent + 1]]:
-            r, j = i // k, i % k
-            g, features, value = grad[r], x[r], values[r, j]
-            slope = value * 0  # d loss / d value; starts as 0 of its dtype
-            for c in range(len(g)):
-                slope += g[c] * weights[c]
-                of_weights[c] += value * g[c]
-            for c in range(len(features)):
-                of_weight[c] += slope * features[c]
-            d_bias[latent] += slope
-            d_values[r, j] = slope
