@@ -42,8 +42,9 @@ then run `python tools/performance_gpu.py`.
 METHOD = """\
 A figure is the median of n values, with the lowest and the highest. `peak` is the most memory
 that tensors took on the device, `wait` the fraction of the time that the host spent in the loader,
-(goal: at most 2 %), `share` a fraction of what the device does at best in a product of bfloat16
-matrices.
+(goal: at most 2 %), `share` the floating-point operations of products and convolutions per second,
+as a fraction of what the device does at best in a product of bfloat16 matrices; predicted are
+{share} of the nominal peak.
 """
 
 
@@ -152,7 +153,9 @@ def page(results: dict[str, dict[str, Any]], scaling: str) -> str:
     if not results:
         return head + MISSING
     known = predictions(scaling)
-    parts = [head + METHOD]
+    share = re.search(r"(\d+–\d+ %) of the tensor cores' peak", scaling)
+    assert share, "docs/scaling.md predicts no share"
+    parts = [head + METHOD.format(share=share[1])]
     for result in results.values():
         parts += [f"## {TITLES[result['part']]}\n", machine(result)]
         parts += [item(entry, known) for entry in result["items"]]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fastproj.bench.gpu.measure import (
@@ -11,6 +12,7 @@ from fastproj.bench.gpu.measure import (
     TINY,
     Ceilings,
     ceilings,
+    flops,
     parts_of_a_step,
     peak_memory,
     profile,
@@ -93,8 +95,10 @@ def epochs(sets: Sets, folder: Path, batch: int, way: str, saving: bool) -> Iter
     whole = [b["time"] - a["time"] for a, b in zip(ends, ends[1:], strict=False)]
     spent = ends[-1]["seconds"]
     wait = spent["data_wait"] / max(spent["data_wait"] + spent["step"], 1e-9)
+    best = ceilings(sets.device, TINY if sets.tiny else FULL)[0].product
+    share = flops(trainer_of(sets, given)) * ends[-1]["steps"] / median(whole) / best
     yield figure(
-        f"{name}, an epoch", "s", whole, peak_bytes=peak.bytes, data_wait=wait,
+        f"{name}, an epoch", "s", whole, peak_bytes=peak.bytes, data_wait=wait, share=share,
         note=f"{ends[-1]['steps']} steps, end to end with logging, diagnostics and checkpoints",
     )  # fmt: skip
 

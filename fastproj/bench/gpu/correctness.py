@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -185,7 +186,13 @@ def race(sets: Sets) -> Iterator[Check]:
 
 
 def compiled(sets: Sets) -> Iterator[Check]:
-    """Ten steps of SimCLR: losses of the compiled and of the graphed ones beside the eager ones."""
+    """Ten steps of SimCLR: losses of the compiled and of the graphed ones beside the eager ones.
+
+    Tiny too, they are compiled to the end: on a CPU by its C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if sets.device.type == "cpu" and shutil.which(compiler) is None:
+        raise NotMeasuredError(f"no {compiler}, which compiles what torch.compile writes for a CPU")
     steps, batch = (2, 8) if sets.tiny else (10, 128)
     given: dict[str, Any] = dict(
         crops=[Crop(32, 2)], batch_size=batch, engine="stream", device=sets.device
@@ -195,7 +202,10 @@ def compiled(sets: Sets) -> Iterator[Check]:
         ways["graphs"] = {"graphs": True}
     losses: dict[str, list[float]] = {}
     for way, more in ways.items():
-        with closing(open_loader(sets.small, **given)) as loader:
+        with (
+            torch.compiler.set_stance("default"),
+            closing(open_loader(sets.small, **given)) as loader,
+        ):
             trainer = simclr(sets.small, loader, sets.encoder, **{"compile": False, **more})
             found: list[Tensor] = []
             while len(found) < steps:

@@ -161,7 +161,7 @@ def crops(sets: Sets, batches: tuple[int, ...]) -> Iterator[Figure]:
             ).movedim(-1, 1)
             boxes = torch.tensor([height // 8, width // 8, height // 2, width // 2])
             boxes = boxes.expand(2, batch, 4).contiguous().to(sets.device)
-            for way in ("eager", "compiled") if sets.device.type == "cuda" else ("eager",):
+            for way in ("eager", "compiled"):
                 torch.compiler.reset()  # other sizes before would make this one's code dynamic
                 crop = compiled_crop_batch() if way == "compiled" else crop_batch
                 call: Callable[[], object] = partial(crop, images, boxes, sets.size)
@@ -192,7 +192,8 @@ def sparse_step(sets: Sets, batch: int) -> Iterator[Figure]:
     if sets.tiny:  # the recipe's projector has no hidden layer
         wanted = {k: v for k, v in wanted.items() if k not in ("projector.hidden", "projector.out")}
     trainer = trainer_of(sets, wanted, repeated(sets, sets.squares))
-    yield from training(f"ImageNet-100, sparse head, batch {batch}", trainer, sizes, epoch=IMAGES)
+    best = ceilings(sets.device, sizes)[0].product
+    yield from training(f"ImageNet-100, sparse head, batch {batch}", trainer, sizes, best, IMAGES)
 
 
 def evaluation(sets: Sets) -> Iterator[Figure]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def flops(trainer: Trainer) -> float:
 
 
 def training(
-    name: str, trainer: Trainer, sizes: Sizes, ceiling: float | None = None, epoch: int = 50_000
+    name: str, trainer: Trainer, sizes: Sizes, ceiling: float, epoch: int = 50_000
 ) -> list[Figure]:
     """Images/s of real steps with the trainer's own loader, and seconds an epoch at that rate.
 
@@ -127,7 +128,7 @@ def training(
     """
     device, images = trainer.device, trainer.loader.order.batch_size
     rates, waits = [], []
-    work = flops(trainer) if ceiling else 0.0
+    work = flops(trainer)
     with peak_memory(device) as peak:
         batches = endless(trainer)
         for batch in islice(batches, 1 + sizes.steps // 2):  # compiles, and fills the loader
@@ -145,13 +146,15 @@ def training(
             rates.append(sizes.steps * images / taken)
             waits.append(waited / taken)
         batches.close()
-    more: dict[str, Any] = {"data_wait": sorted(waits)[len(waits) // 2]}
-    if ceiling:
-        more["share"] = work / images * sorted(rates)[len(rates) // 2] / ceiling
+    more: dict[str, Any] = {
+        "peak_bytes": peak.bytes,
+        "data_wait": median(waits),
+        "share": work / images * median(rates) / ceiling,
+    }
     return [
-        figure(f"{name}, images/s", "images/s", rates, peak_bytes=peak.bytes, **more),
+        figure(f"{name}, images/s", "images/s", rates, **more),
         figure(f"{name}, an epoch", "s", [epoch / rate for rate in rates],
-               note=f"{epoch:,} images at these rates"),
+               note=f"{epoch:,} images at these rates", **more),
     ]  # fmt: skip
 
 

@@ -102,10 +102,16 @@ class Record:
     def _within_limit(self, item: Item) -> Iterator[Figure | Check | dict[str, Any]]:
         if self.left <= 0:
             raise NotMeasuredError(f"the part's {self.limit:.0f} s were spent")
-        for found in item():
-            yield found
-            if self.left <= 0:
-                raise NotMeasuredError(f"cut: the part's {self.limit:.0f} s were spent")
+        try:
+            for found in item():
+                yield found
+                if self.left <= 0:
+                    raise NotMeasuredError(f"cut: the part's {self.limit:.0f} s were spent")
+        except ModuleNotFoundError as error:
+            package = (error.name or "fastproj").partition(".")[0]
+            if package == "fastproj":
+                raise  # a mistake, not something that was not carried here
+            raise NotMeasuredError(f"{package} is not installed") from error
 
     def _write(self) -> None:
         text = json.dumps({**self.about, "items": self.items}, indent=1, allow_nan=False)
