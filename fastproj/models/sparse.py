@@ -196,9 +196,7 @@ def _gradients(
     gradients = _empty_gradients(grad, x, values, index, decoder)
     starts, order = map(torch.from_numpy, by_latent(values.numpy(), index.numpy(), len(decoder)))
     gradients[0].zero_()  # the others are overwritten completely
-    _in_threads(
-        latent_gradients, len(decoder), starts, order, grad, x, values, decoder, *gradients
-    )
+    _in_threads(latent_gradients, len(decoder), starts, order, grad, x, values, decoder, *gradients)
     return gradients
 
 

@@ -111,16 +111,21 @@ def test_what_fails_or_does_not_hold_is_told_and_the_rest_is_measured(tmp_path: 
         return lambda: [made("never", float(importlib.import_module(module).__doc__ is None))]
 
     record = Record(tmp_path / "part.json", {"part": "p"})
-    record.run({
-        "fails": fails, "absent": absent, "no package": lacks("no_such_package.part"),
-        "a typo": lacks("fastproj.bench.gpu.no_such_module"), "checks": lambda: [Check("holds", True, ""),
-                                                            Check("does not", False, "")],
-    })  # fmt: skip
+    checks = [Check("holds", True, ""), Check("does not", False, "")]
+    record.run(
+        {
+            "fails": fails,
+            "absent": absent,
+            "no package": lacks("no_such_package.part"),
+            "a typo": lacks("fastproj.bench.gpu.no_such_module"),
+            "checks": lambda: checks,
+        }
+    )
     items = json.loads(record.path.read_text())["items"]
-    failed, missing, package, typo, checks = items
+    failed, missing, package, typo, checked = items
     assert failed["found"][0]["name"] == "before" and "ZeroDivisionError: no" in failed["error"]
     assert missing["missing"] == "it is not here" and not missing["error"]
-    assert len(checks["found"]) == 2
+    assert len(checked["found"]) == 2
     assert package["missing"] == "no_such_package is not installed" and not package["error"]
     assert "no_such_module" in typo["error"] and not typo["missing"]
     assert record.problems() == ["fails", "a typo", "does not"]
