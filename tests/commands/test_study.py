@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -28,7 +26,7 @@ from fastproj.studies import running
 from fastproj.studies.running import Log
 from fastproj.study import build_plan, main
 from fastproj.training.build import build_crops, build_groups, build_learner
-from tests.support.betons import digit_like, write
+from tests.support.betons import half_drawn, write
 from tests.support.studies import contents
 
 ROOT = Path(__file__).parents[2]
@@ -61,11 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two betons, of a recipe and of a study."""
     folder = tmp_path_factory.mktemp("study")
     for split, count in (("train", 80), ("val", 40)):
-        rng = np.random.default_rng(count)
-        source = digit_like(rng, count, 12, 4)
-        # Half of the labels are drawn, or every run would be right on all images.
-        labels = np.where(rng.random(count) < 0.5, rng.integers(0, 4, count), source.labels)
-        write(replace(source, split=split, labels=labels), folder, Store("raw"))
+        write(half_drawn(split, count), folder, Store("raw"))
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "study.yaml").write_text(FILE.format(root=folder))
     return folder

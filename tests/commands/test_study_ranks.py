@@ -6,10 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -18,7 +16,7 @@ from fastproj.evaluation.results import read_evaluation
 from fastproj.prepare.encode import Store
 from fastproj.runs import checkpoint
 from fastproj.runs.folder import RunFolder
-from tests.support.betons import digit_like, write
+from tests.support.betons import half_drawn, write
 from tests.support.studies import contents
 
 RECIPE = """
@@ -74,10 +72,7 @@ def test_a_rank_dies_with_its_torchrun() -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for split, count in (("train", 80), ("val", 40)):
-        rng = np.random.default_rng(count)
-        source = digit_like(rng, count, 12, 4)
-        labels = np.where(rng.random(count) < 0.5, rng.integers(0, 4, count), source.labels)
-        write(replace(source, split=split, labels=labels), folder, Store("raw"))
+        write(half_drawn(split, count), folder, Store("raw"))
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "study.yaml").write_text(FILE.format(root=folder))
     return folder

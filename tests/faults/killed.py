@@ -12,12 +12,10 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -31,7 +29,7 @@ from fastproj.runs import checkpoint, journal
 from fastproj.runs.folder import RunFolder
 from fastproj.studies import running
 from tests.faults.entries import FORK
-from tests.support.betons import digit_like, write_here
+from tests.support.betons import half_drawn, write_here
 from tests.support.studies import Forked, contents
 
 RUN = """
@@ -117,10 +115,7 @@ def prepared(folder: Path, name: str, commands: Sequence[Sequence[str]]) -> tupl
     data, whole = folder.parent / "data", folder.parent / f"unkilled-{name}" / "whole"
     if not data.exists():
         for split, count in (("train", 64), ("val", 40)):
-            rng = np.random.default_rng(count)
-            source = digit_like(rng, count, 12, 4)
-            labels = np.where(rng.random(count) < 0.5, rng.integers(0, 4, count), source.labels)
-            write_here(replace(source, split=split, labels=labels), data, Store("raw"))
+            write_here(half_drawn(split, count), data, Store("raw"))
         (data / "recipe.yaml").write_text(RUN)
         (data / "study.yaml").write_text(STUDY)
     if not (whole / "seconds.txt").exists():
