@@ -3,10 +3,15 @@
 import os
 import sys
 
-# OpenMP's threads spin while they wait, which steals the loader's cores and, where another process
-# wants one too, stalls every parallel loop: a training step then took over 10 s instead of 1.1
-# (4 cores, one of them busy). Asleep they cost nothing measurable. Read as torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP's threads spin for milliseconds while they wait, which steals the loader's cores and, where
+# another process wants one too, stalls every parallel loop: a training step then took over 10 s
+# instead of 1.1 (4 cores, one of them busy). Asleep at once they must be woken for each loop, which
+# took 60 us for 3, an eigendecomposition of 512 x 512 50 ms for 10 (2 cores of an EPYC). So they
+# spin 1,000 times, some 10 us, and then sleep: 860 images/s of a small ResNet, asleep at once 821;
+# with a core that is busy 330 and 338 (n 3 and 2). Read as torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of GNU's OpenMP; others know passive alone
 
 __version__ = "0.1.0"
 
