@@ -163,7 +163,10 @@ def _throughput(run: Reported) -> list[Block]:
 def _probes(run: Reported, pictures: Pictures) -> list[Block]:
     if run.evaluation is None:
         return [Missing("probes", run.missing["eval.json"])]
-    names = list(dict.fromkeys(m for row in run.evaluation.rows for m in row.metrics))
+    corrupted = [row for row in run.evaluation.rows if "accuracies" in row.protocol["probe"]]
+    apart = {f"top1_{name}" for row in corrupted for name in row.protocol["probe"]["corruptions"]}
+    found = dict.fromkeys(m for row in run.evaluation.rows for m in row.metrics)
+    names = [name for name in found if name not in apart]
     rows = [
         (row.encoder, row.data, row.probe,
          *(f"{100 * row.metrics[m]:.2f}" if m in row.metrics else "" for m in names),
@@ -177,7 +180,7 @@ def _probes(run: Reported, pictures: Pictures) -> list[Block]:
         "is the encoder before pre-training and 'pixels' has none: pre-training is worth the "
         "difference to them."
     )
-    blocks: list[Block] = [Table("Scores", head, rows, how=how)]
+    blocks: list[Block] = [Table("Scores", head, rows, how=how), *map(_corruptions, corrupted)]
     blocks += [Missing("a score", line) for line in run.evaluation.missing]
     protocols = [
         (row.encoder, row.data, row.probe, json.dumps(row.protocol, sort_keys=True))
@@ -193,6 +196,21 @@ def _probes(run: Reported, pictures: Pictures) -> list[Block]:
     )  # fmt: skip
     blocks.append(_confusion(run, run.evaluation.rows, pictures))
     return blocks
+
+
+def _corruptions(row: Row) -> Table:
+    """Top-1 of each corruption at each severity."""
+    probe = row.protocol["probe"]
+    severities, accuracies = probe["severities"], probe["accuracies"]
+    rows = [
+        (name, *(f"{100 * accuracies[f'{name} {severity}']:.2f}" for severity in severities),
+         f"{100 * row.metrics[f'top1_{name}']:.2f}")
+        for name in probe["corruptions"]
+    ]  # fmt: skip
+    head = ("corruption", *(f"severity {severity}" for severity in severities), "mean")
+    clean = f"{row.metrics['top1_clean']:.2%}"
+    how = f"Top-1 in per cent of val after each corruption; of the images as they are: {clean}."
+    return Table(f"Corruptions: {row.encoder} encoder, {row.data}", head, rows, how=how)
 
 
 def _confusion(run: Reported, rows: Sequence[Row], pictures: Pictures) -> Block:

@@ -92,6 +92,29 @@ def test_a_whole_run_has_everything(tmp_path):
     assert sum(row[2] for row in wrong) == 10 and confusion.title.endswith("of the logistic probe")
 
 
+def test_each_corruption_at_each_severity(tmp_path):
+    write_run(tmp_path)
+    run = evaluated(tmp_path)
+    (linear,) = run.evaluation.rows
+    accuracies = {"fog 1": 0.5, "fog 4": 0.25, "snow 1": 0.75, "snow 4": 0.5}
+    probe = {"corruptions": ["fog", "snow"], "severities": [1, 4], "accuracies": accuracies}
+    metrics = {"top1": 0.5, "top1_clean": 0.8, "top1_fog": 0.375, "top1_snow": 0.625}
+    row = replace(linear, probe="corruptions", metrics=metrics,
+                  protocol=linear.protocol | {"probe": probe})  # fmt: skip
+    page = run_page(replace(run, evaluation=replace(run.evaluation, rows=(linear, row))), NONE)
+    found = tables(page)
+    assert found["Scores"].head[3:6] == (
+        "top1 (% of val)",
+        "top5 (% of val)",
+        "top1_clean (% of val)",
+    )
+    assert found["Scores"].rows[1][3:6] == ("50.00", "", "80.00")
+    table = found["Corruptions: pre-trained encoder, digits"]
+    assert table.head == ("corruption", "severity 1", "severity 4", "mean")
+    assert table.rows == [("fog", "50.00", "25.00", "37.50"), ("snow", "75.00", "50.00", "62.50")]
+    assert "80.00%" in table.how
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_run_at_its_beginning_says_what_is_not_there_yet(tmp_path, epochs):
     write_run(tmp_path, epochs=epochs, end=False)
