@@ -84,6 +84,7 @@ RATIOS = (
         "ours, 1 learning rate(s), float32",
         "torch DataLoader",
     ),
+    Ratio("SimCLR, 3 epochs", "endtoend", "", "ours, batch norm per view", "lightly"),
     Ratio("photographs with boxes for a detector", "detection", "boxes, batch", "", "the same on"),
 )
 
