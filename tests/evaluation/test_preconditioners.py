@@ -52,8 +52,10 @@ def test_at_zero_it_is_the_hessian():
         torch.testing.assert_close(product.flatten(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_blocks_are_those_of_the_hessian(monkeypatch):
+@pytest.mark.parametrize("alone", [0, 1024])
+def test_the_blocks_are_those_of_the_hessian(monkeypatch, alone):
     monkeypatch.setattr(preconditioners, "SAMPLED", 20_000)  # so that sampling is no error
+    monkeypatch.setattr(preconditioners, "ALONE", alone)
     x, y, head = problem(300, 5, 4)
     dense = hessian(x, y, head)
     gradient = gradients(2, 4, 6)

@@ -14,6 +14,7 @@ from fastproj.core.threads import each
 
 ROWS = 2**13  # that a ``Kronecker`` is made from, or 8 per feature
 SAMPLED = 8  # rows per feature that a block is made from
+ALONE = 1024  # features up to which one thread makes a block: 0.1 GB each; others are shared
 LARGEST = 2**28  # numbers that ``Blocks`` may hold: 1 GiB
 
 
@@ -93,7 +94,8 @@ class Blocks:
             rows = (rows - center) * (mass / count).sqrt()
             return mass, center, *torch.linalg.eigh(linear(rows.T, rows.T))
 
-        for c, (mass, center, values, vectors) in enumerate(each(block, range(classes))):
+        blocks = (each if width <= ALONE else map)(block, range(classes))
+        for c, (mass, center, values, vectors) in enumerate(blocks):
             self.mass[c], self.center[c] = mass, center
             self.values[c], self.vectors[c] = values, vectors
         self.values.clamp_(min=0)
