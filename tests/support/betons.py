@@ -34,7 +34,7 @@ def digit_like(rng: np.random.Generator, count: int, side: int, classes: int) ->
 
 
 def half_drawn(split: str, count: int) -> Source:
-    """``count`` images like those, of 4 classes; half of the labels are drawn.
+    """``count`` images of 4 classes as ``digit_like`` makes them; half of the labels are drawn.
 
     Otherwise every run would be right on all images.
     """
