@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastproj.core import dist
-from fastproj.core.device import choose_device, prepare_device
+from fastproj.core.device import choose_device, choose_precision, prepare_device
 from fastproj.core.errors import InputError
 from fastproj.core.files import sha256, writing
 from fastproj.core.machine import cores
@@ -35,6 +35,7 @@ from fastproj.evaluation.extract import Extractor
 from fastproj.evaluation.files import is_features_file
 from fastproj.evaluation.load import LoadedEncoder, load_encoder
 from fastproj.evaluation.protocol import Protocol, describe_normalization, takes_images
+from fastproj.evaluation.published import BATCH_SIZES
 from fastproj.evaluation.results import Evaluation, Row, holds_whole, table, write_evaluation
 from fastproj.evaluation.sets import Sets, open_folders, open_sets
 from fastproj.models.architectures import output_width
@@ -233,18 +234,24 @@ def _protocol(
         open_extractor(settings, device, encoder, cache),
         depths=how.depths,
         normalize=how.normalize,
-        probes={name: _arguments(name, how.options, settings.run.seed) for name in how.probes},
+        probes={name: _arguments(name, settings, device) for name in how.probes},
     )
 
 
-def _arguments(probe: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _arguments(probe: str, settings: Settings, device: torch.device) -> dict[str, Any]:
     """The arguments of a probe: its part of ``eval``'s options, and the run's seed if it takes one.
 
-    The device is that of the features.
+    The published protocols run the frozen encoder in the precision of pre-training, as their
+    sources do. The device is that of the features.
     """
+    options = settings.eval.options
     named = hyperparameters(PROBES[probe])
-    own = {name: options[f"{probe}_{name}"] for name in named if f"{probe}_{name}" in options}
-    return own | ({"seed": seed} if "seed" in named or takes_images(probe) else {})
+    given = {name: options[f"{probe}_{name}"] for name in named if f"{probe}_{name}" in options}
+    if "seed" in named or takes_images(probe):
+        given["seed"] = settings.run.seed
+    if probe in BATCH_SIZES:
+        given["precision"] = choose_precision(settings.train.precision, device)
+    return given
 
 
 def main(argv: Sequence[str]) -> None:

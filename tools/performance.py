@@ -8,6 +8,7 @@ heading is the name of a stage. Those of a GPU: ``performance_gpu.py``.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,12 +78,15 @@ RATIOS = (
     Ratio("the same, 100 classes", "logistic", "100 classes", "", "scikit-learn"),
     Ratio("kNN, 10,000 queries", "neighbors", "", "", "scikit-learn"),
     Ratio("the same", "neighbors", "", "", "faiss"),
-    Ratio(
-        "an epoch of a published probe",
-        "published",
-        "small",
-        "ours, 1 learning rate(s), float32",
-        "torch DataLoader",
+    *(
+        Ratio(
+            f"an epoch of a published probe, {precision}",
+            "published",
+            "small",
+            f"ours, 1 learning rate(s), {precision}",
+            "torch DataLoader",
+        )
+        for precision in ("float32", "bfloat16")
     ),
     Ratio("SimCLR, 3 epochs", "endtoend", "", "ours, batch norm per view", "lightly"),
     Ratio("photographs with boxes for a detector", "detection", "boxes, batch", "", "the same on"),
@@ -204,6 +208,12 @@ def stage_cells(rows: Rows) -> list[list[str]]:
     return [[line[i] for i in kept] for line in cells]
 
 
+def heading(case: str) -> str:
+    """The case's name as a heading: a word gets a capital, a model's name stays as it is."""
+    word = re.split("[ ,:]", case)[0]
+    return f"{case[0].upper()}{case[1:]}" if word.isalpha() else case
+
+
 def table(cells: list[list[str]]) -> str:
     lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -254,7 +264,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         parts.append(f"## {TITLES[stage]}\n")
         for (name, case), lines in found.items():
             if name == stage:
-                parts += [f"{case[0].upper()}{case[1:]}:\n", table(stage_cells(lines))]
+                parts += [f"{heading(case)}:\n", table(stage_cells(lines))]
         if stage in written:
             parts.append(f"{written[stage]}\n")
     for name, text in written.items():

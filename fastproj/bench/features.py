@@ -36,7 +36,7 @@ def run(
     if plan.small is None or not (plan.small.mode == RAW).all():
         return []
     beton = drawn(plan.small, images)
-    module = folded(_built(encoder)).to(plan.device).to(memory_format=torch.channels_last)
+    module = built(encoder).to(plan.device)
     given = {"path": str(plan.small.path), "images": images, "encoder": encoder,
              "device": plan.device.type, "workers": plan.workers}  # fmt: skip
     engines = [
@@ -47,13 +47,14 @@ def run(
         Engine("torch DataLoader + torchvision, eager", "peer", len(beton),
                lambda: lambda: alone(plain, **given)),
         Engine("our encoder alone", "limit", len(beton),
-               partial(_alone, plan, module, size, len(beton))),
+               partial(encoding, plan, module, size, len(beton))),
     ]  # fmt: skip
     case = f"{encoder}, {size} px, {len(beton):,} images"
     return compare("features", case, "images", engines, 1, plan.repeats)
 
 
-def _built(encoder: str) -> nn.Module:
+def built(encoder: str) -> nn.Module:
+    """The frozen encoder of that name, for small images, with random weights."""
     torch.manual_seed(0)
     return build_encoder(encoder, "cifar").eval().requires_grad_(False)
 
@@ -67,13 +68,14 @@ def _loader(beton: Beton, size: int, device: torch.device, workers: int) -> Load
 
 def _ours(plan: Plan, beton: Beton, encoder: nn.Module, size: int) -> Callable[[], object]:
     loader = _loader(beton, size, plan.device, plan.workers)
-    return lambda: features(encoder, loader, device=plan.device)
+    module = folded(encoder).to(memory_format=torch.channels_last)
+    return lambda: features(module, loader, device=plan.device)
 
 
 def eager(path: str, images: int, encoder: str, size: int, device: str, workers: int) -> float:
     """Seconds of the second of two epochs, on our batches."""
     beton, place = drawn(open_beton(path), images), torch.device(device)
-    module = _built(encoder).to(place).to(memory_format=torch.channels_last)
+    module = built(encoder).to(place).to(memory_format=torch.channels_last)
     mean, std = (
         torch.tensor(values, device=place).view(1, 3, 1, 1)
         for values in (beton.manifest.mean, beton.manifest.std)
@@ -93,7 +95,7 @@ def eager(path: str, images: int, encoder: str, size: int, device: str, workers:
 def plain(path: str, images: int, encoder: str, device: str, workers: int) -> float:
     """Seconds of the second of two epochs, with torch's DataLoader."""
     beton, place = drawn(open_beton(path), images), torch.device(device)
-    module = _built(encoder).to(place)
+    module = built(encoder).to(place)
     normalize = tv.Normalize(beton.manifest.mean, beton.manifest.std)
     loader = DataLoader(
         RawImages(beton, tv.Compose([tv.ToTensor(), normalize])),
@@ -110,7 +112,9 @@ def plain(path: str, images: int, encoder: str, device: str, workers: int) -> fl
     return timed(epoch)
 
 
-def _alone(plan: Plan, encoder: nn.Module, size: int, images: int) -> Callable[[], object]:
+def encoding(plan: Plan, encoder: nn.Module, size: int, images: int) -> Callable[[], object]:
+    """A call that runs ``encoder``, folded as ours, on so many ready images."""
+    module = folded(encoder).to(memory_format=torch.channels_last)
     at_once = CACHED_IMAGES if plan.device.type == "cpu" else BATCH
     ready = torch.randn(at_once, 3, size, size, device=plan.device)
     ready = ready.to(memory_format=torch.channels_last)
@@ -118,6 +122,6 @@ def _alone(plan: Plan, encoder: nn.Module, size: int, images: int) -> Callable[[
     @torch.no_grad()
     def call() -> None:
         for _ in range(-(-images // at_once)):
-            encoder(ready)
+            module(ready)
 
     return call

@@ -1,6 +1,6 @@
 """An epoch of a linear probe on new crops: ours, and plain torch with a DataLoader."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -8,23 +8,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
-from fastproj.bench import Engine, Plan, Row, compare
+from fastproj.bench import Engine, Plan, Row, compare, timed
+from fastproj.bench.alone import alone
 from fastproj.bench.endtoend import RawImages
+from fastproj.bench.features import built, encoding
 from fastproj.bench.images import drawn
 from fastproj.core.device import choose_precision
-from fastproj.data.beton import Beton
+from fastproj.data.beton import Beton, open_beton
 from fastproj.data.layout import RAW
 from fastproj.evaluation.crops import crops_probe
 from fastproj.evaluation.features import Features
 from fastproj.loaders import Crop, open_loader
-from fastproj.models.encoders import build_encoder, num_features
+from fastproj.models.encoders import num_features
 
 RATES = (1.0, 0.1, 0.15, 0.3, 3.0, 30.0)  # as many as solo-learn's protocols have
 
 
 def run(
     plan: Plan,
-    images: int = 5_120,
+    images: int = 2_560,
     batch: int = 256,
     size: int = 32,
     encoders: Sequence[str] = ("resnet_small", "resnet18"),
@@ -33,20 +35,17 @@ def run(
 
     The peer trains one learning rate in eager float32 with as many worker processes as we have
     threads; further rates would each take it as long again. Its images lie in memory as Pillow gets
-    them. The limit is the frozen encoder alone, on ready images in channels-last float32.
+    them. It has a process of its own, in which the C library is as a user finds it. The limit is
+    our encoder alone in float32, on ready images.
     """
     if plan.small is None or not (plan.small.mode == RAW).all():
         return []
     beton = drawn(plan.small, images)
     batch = min(batch, len(beton))
+    work = len(beton) // batch * batch
     rows = []
     for name in encoders:
-        torch.manual_seed(0)
-        encoder = build_encoder(name, "cifar").eval().requires_grad_(False).to(plan.device)
-        plain = build_encoder(name, "cifar").eval().requires_grad_(False).to(plan.device)
-        plain.load_state_dict(encoder.state_dict())
-        encoder.to(memory_format=torch.channels_last)
-        work = len(beton) // batch * batch
+        encoder = built(name).to(plan.device)
         fast = choose_precision("auto", plan.device)
         variants = [(RATES[:1], torch.float32), (RATES, torch.float32)]
         variants += [(RATES[:1], fast), (RATES, fast)] if fast != torch.float32 else []
@@ -57,11 +56,13 @@ def run(
             )
             for rates, precision in variants
         ]  # fmt: skip
+        given = {"path": str(plan.small.path), "images": images, "encoder": name, "batch": batch,
+                 "size": size, "device": plan.device.type, "workers": plan.workers}  # fmt: skip
         engines += [
             Engine("torch DataLoader + torchvision, 1 learning rate", "peer", work,
-                   partial(_plain, plan, beton, plain, batch, size)),
-            Engine("the frozen encoder alone", "limit", work,
-                   partial(_alone, plan, encoder, batch, size, work // batch)),
+                   partial(_plain_alone, given)),
+            Engine("our encoder alone", "limit", work,
+                   partial(encoding, plan, encoder, size, work)),
         ]  # fmt: skip
         case = f"{name}, {size} px, batch {batch}, {len(beton):,} images"
         rows += compare("published", case, "images", engines, 1, plan.repeats)
@@ -80,45 +81,38 @@ def _ours(
     )
 
 
-def _plain(
-    plan: Plan, beton: Beton, encoder: nn.Module, batch: int, size: int
-) -> Callable[[], object]:
-    device, manifest = plan.device, beton.manifest
+def _plain_alone(given: Mapping[str, object]) -> Callable[[], object]:
+    return lambda: alone(plain, **given)
+
+
+def plain(
+    path: str, images: int, encoder: str, batch: int, size: int, device: str, workers: int
+) -> float:
+    """Seconds of the second of two epochs, with torch's DataLoader."""
+    beton, place = drawn(open_beton(path), images), torch.device(device)
     transform = tv.Compose(
         [
             tv.RandomResizedCrop(size),
             tv.RandomHorizontalFlip(),
             tv.ToTensor(),
-            tv.Normalize(manifest.mean, manifest.std),
+            tv.Normalize(beton.manifest.mean, beton.manifest.std),
         ]
     )
     loader = DataLoader(
         RawImages(beton, transform), batch_size=batch, shuffle=True, drop_last=True,
-        num_workers=plan.workers, persistent_workers=True, pin_memory=device.type == "cuda",
+        num_workers=workers, persistent_workers=True, pin_memory=place.type == "cuda",
     )  # fmt: skip
-    head = nn.Linear(num_features(encoder), len(beton.classes)).to(device)
+    module = built(encoder).to(place)
+    head = nn.Linear(num_features(module), len(beton.classes)).to(place)
     optimizer = torch.optim.SGD(head.parameters(), RATES[0], momentum=0.9)
 
     def epoch() -> None:
-        for images, labels in loader:
+        for crops, labels in loader:
             with torch.no_grad():
-                found = encoder(images.to(device, non_blocking=True))
+                found = module(crops.to(place, non_blocking=True))
             optimizer.zero_grad()
-            nn.functional.cross_entropy(head(found), labels.to(device)).backward()
+            nn.functional.cross_entropy(head(found), labels.to(place)).backward()
             optimizer.step()
 
-    return epoch
-
-
-def _alone(
-    plan: Plan, encoder: nn.Module, batch: int, size: int, steps: int
-) -> Callable[[], object]:
-    images = torch.randn(batch, 3, size, size, device=plan.device)
-    images = images.to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def epoch() -> None:
-        for _ in range(steps):
-            encoder(images)
-
-    return epoch
+    epoch()
+    return timed(epoch)

@@ -21,10 +21,10 @@ from fastproj.augment.views import Augmentation
 from fastproj.core.errors import InputError
 from fastproj.core.progress import Progress
 from fastproj.evaluation.features import Features, features
+from fastproj.evaluation.fold import folded
 from fastproj.evaluation.heads import Heads, multistep, warmed_up, with_ones
 from fastproj.evaluation.probes.common import ProbeResult, check, ranks
 from fastproj.loaders import Loader
-from fastproj.models.frozen import frozen
 
 FLIP = View(flip_prob=0.5, jitter_prob=0, gray_prob=0, blur_prob=0)
 TRUST = 0.02  # LARS's trust coefficient in the authors' scripts (PKU-ML/Projector_Theory)
@@ -68,9 +68,8 @@ def crops_probe(
         precision: of the encoder's autocast. Heads are in float32.
         seed: of the flips and of the heads' first weights; crops and order are the loader's.
 
-    The encoder runs in eval mode, without gradients, and is left as it was. Features are not
-    standardized. ``protocol["chosen"]["not_finite"]`` lists learning rates whose heads
-    diverged.
+    A copy of the encoder runs, in eval mode, batch norm folded (``folded``). Features are not
+    standardized. ``protocol["chosen"]["not_finite"]`` lists learning rates whose heads diverged.
 
     Raises ``InputError`` as ``linear_probe`` does, for a loader with another number of crops per
     image, and for an optimizer of another name.
@@ -79,6 +78,7 @@ def crops_probe(
     if optimizer not in ("sgd", "lars"):
         raise InputError(f"a probe has no optimizer {optimizer!r}: choose sgd or lars")
     views = Views(train, mean, std, seed)
+    encoder = folded(encoder).to(memory_format=torch.channels_last)
     if isinstance(val, Loader):
         val = features(encoder, val, mean=views.mean, std=views.std, device=train.device)
     num_classes = check_labels(train, val, num_classes)
@@ -86,7 +86,7 @@ def crops_probe(
     rates = [rate * scale for rate in learning_rates]
     total, device = epochs * len(train), train.device
     heads: Heads | None = None
-    with frozen(encoder), torch.no_grad(), Progress(total, "probe", "steps") as bar:
+    with torch.no_grad(), Progress(total, "probe", "steps") as bar:
         for epoch in range(epochs):
             steps = range(epoch * len(train), (epoch + 1) * len(train))
             schedule = (

@@ -10,9 +10,8 @@ size of ``BATCH_SIZES``.
 
 Sources: PKU-ML/Projector_Theory (commit 5c2e7d1), ``scripts/linear``, ``methods/linear.py`` and
 ``solo/args/linear.py``; vturrisi/solo-learn (commit 9187ea3), ``scripts/linear/imagenet-100`` and
-``solo/methods/linear.py``. Their mixed precision (float16) and their choice of the number of GPUs
-(one) are arguments of the caller. [derived] marks what we added: learning rates beside the
-published one.
+``solo/methods/linear.py``. Their mixed precision is float16; ``evaluate`` takes that of
+pre-training. [derived] marks what we added: learning rates beside the published one.
 """
 
 from collections.abc import Sequence

@@ -132,7 +132,7 @@ def test_probes_on_new_crops_are_rows_of_the_encoder_alone(root):
         "--eval.published_cifar_barlow_epochs", "2", "--eval.solo_epochs", "1",
         "--eval.published_cifar_barlow_learning_rates", "0.3,3",
         "--eval.finetune_epochs", "1", "--eval.finetune_labels", "0.5",
-        "--eval.crops", "five", "--eval.crop_fraction", "0.875",
+        "--eval.crops", "five", "--eval.crop_fraction", "0.875", "--train.precision", "bfloat16",
     )  # fmt: skip
     on_crops = ["published_cifar_barlow", "solo", "finetune"]
     assert [(row.encoder, row.probe) for row in found] == [
@@ -143,6 +143,7 @@ def test_probes_on_new_crops_are_rows_of_the_encoder_alone(root):
     assert barlow["optimizer"] == "lars" and barlow["learning_rates"] == [0.3, 3]
     assert (barlow["epochs"], barlow["images"], barlow["batch_size"]) == (2, 200, 200)
     assert solo["method"] == "simclr" and solo["crop"]["size"] == 8
+    assert barlow["encoder"] == solo["encoder"] == "frozen, eval mode, bfloat16 in training"
     assert tuned["labels"] == 0.5 and 95 <= tuned["images"] <= 105  # stratified
     crops = [row.protocol["features"]["crop"]["kind"] for row in found[-4:]]
     assert crops == ["five"] + ["center"] * 3  # of val: what the published protocols score

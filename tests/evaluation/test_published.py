@@ -165,6 +165,29 @@ def test_a_probe_equals_a_plain_loop_on_the_same_crops(
     json.dumps(result.protocol)
 
 
+def test_the_encoders_precision_moves_the_heads_by_rounding(
+    beton: Beton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Heads] = []
+
+    class Recorded(Heads):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            made.append(self)
+
+    monkeypatch.setattr("fastproj.evaluation.crops.Heads", Recorded)
+    encoder = Encoder()
+    val = val_features(beton, encoder)
+    for precision in (torch.float32, torch.bfloat16):
+        result = crops_probe(
+            encoder, crops(beton), val, learning_rates=[8.0], epochs=3, mean=MEAN, std=STD,
+            precision=precision,
+        )  # fmt: skip
+    assert result.protocol["encoder"] == "frozen, eval mode, bfloat16 in training"
+    whole, rounded = (heads.weights for heads in made)
+    assert 1e-5 < (rounded - whole).norm() / whole.norm() < 0.02  # bfloat16 rounds by up to 0.4 %
+
+
 @pytest.mark.parametrize("trust", [None, 0.02])
 def test_stacked_heads_equal_single_layers_in_float64(trust: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
