@@ -1,6 +1,6 @@
 """Passes over the rows of multinomial logistic regression: objective, gradient, probabilities.
 
-Each pass serves all heads at once, in their type, and adds up in float64.
+Each pass serves all heads at once, in their type; what parts of the rows give is added in float64.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Rows:
             loss[group] -= log_p.gather(1, target).sum((1, 2), dtype=torch.float64)
             error = log_p.exp_().scatter_add_(1, target, minus.expand_as(target)).flatten(0, 1)
             gradient[group, :, :-1] += linear(error, columns).view(*log_p.shape[:2], -1)
-            gradient[group, :, -1] += error.sum(1, dtype=torch.float64).view(log_p.shape[:2])
+            gradient[group, :, -1] += error.sum(1).view(log_p.shape[:2])
         gradient /= n
         slopes = gradient[..., :-1]
         slopes += l2.view(-1, 1, 1) * heads[..., :-1]

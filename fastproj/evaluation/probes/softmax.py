@@ -35,7 +35,7 @@ from fastproj.evaluation.probes.preconditioners import Blocks, Kronecker, precon
 Inverse = Kronecker | Blocks
 
 TOLERANCE = 1e-6  # certified: (f - min f) / f
-MEMORY = 20  # pairs that L-BFGS remembers
+MEMORY = 10  # pairs that L-BFGS remembers
 PASSES = {torch.float32: 150, torch.float64: 2000}  # over the rows, at most
 FEW = 6  # strengths: so many or more are solved in turns
 PACE = 8  # steps from which the pace of a preconditioner is known
@@ -82,7 +82,7 @@ def solve(
     start = torch.zeros(len(present), rows.x.shape[1] + 1, dtype=torch.float64, device=x.device)
     start[:, -1] = prior.log() - prior.log().mean()
     inverse: Inverse = Kronecker.at_zero(rows.x, prior)
-    found, iterations, _ = _path(rows, start, strengths, inverse, 0.25 * tolerance)
+    found, iterations, _ = _path(rows, start, strengths, inverse, 0.5 * tolerance)
     heads, objective, bound = _certify(rows, found, strengths, tolerance)
     for aim in (0.5, 0.05):
         left = (bound > tolerance).nonzero().squeeze(1)
