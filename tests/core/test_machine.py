@@ -113,32 +113,21 @@ def test_windows_has_no_forkserver(monkeypatch):
         workers.close()
 
 
-LOOPS = """
-import os, time, fastproj, torch
-def shortest(threads):
-    torch.set_num_threads(threads)
-    x, seconds = torch.ones(40_000), []  # from 32,768 numbers on torch takes several threads
-    for _ in range(3000):
-        begun = time.perf_counter()
-        x + x
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
-print(shortest(2) / shortest(1), os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"))
+POLICY = """
+import os, fastproj
+print(os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
-@pytest.mark.skipif(cores() < 2, reason="one core")
-def test_threads_need_not_be_woken_for_every_loop() -> None:
-    """Were they asleep at once, two threads would take some 10 times as long as one."""
+def test_openmps_threads_spin_shortly_unless_the_user_has_chosen() -> None:
     environment = {
         k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     }
     found = []
     for given in ({}, {"OMP_WAIT_POLICY": "active"}):
         done = subprocess.run(
-            [sys.executable, "-c", LOOPS], capture_output=True, text=True,
+            [sys.executable, "-c", POLICY], capture_output=True, text=True,
             env=environment | given, check=True,
         )  # fmt: skip
         found.append(done.stdout.split())
-    assert float(found[0][0]) < 3 and found[0][1:] == ["passive", "1000"]
-    assert found[1][1:] == ["active", "None"]  # whoever has chosen keeps it
+    assert found == [["passive", "1000"], ["active", "None"]]
