@@ -41,6 +41,20 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
     return betons.write(source, Path(tmp_path_factory.mktemp("beton")), Store("raw"))
 
 
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> list[Heads]:
+    """The heads of every probe that runs, in order."""
+    made: list[Heads] = []
+
+    class Recorded(Heads):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **given)
+            made.append(self)
+
+    monkeypatch.setattr("fastproj.evaluation.crops.Heads", Recorded)
+    return made
+
+
 class Encoder(nn.Sequential):
     """A few layers whose batch-norm statistics are not the initial ones."""
 
@@ -113,16 +127,8 @@ def plain_features(encoder: nn.Module, images: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_probe_equals_a_plain_loop_on_the_same_crops(
-    beton: Beton, optimizer: str, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, optimizer: str, stacks: list[Heads]
 ) -> None:
-    stacks: list[Heads] = []
-
-    class Recorded(Heads):
-        def __init__(self, *args: Any, **given: Any) -> None:
-            super().__init__(*args, **given)
-            stacks.append(self)
-
-    monkeypatch.setattr("fastproj.evaluation.crops.Heads", Recorded)
     encoder, epochs, rates = Encoder(), 4, (8.0, 0.5, 40.0)  # for a batch of 256; here 8
     val = val_features(beton, encoder)
     how: dict[str, Any] = {"epochs": epochs, "mean": MEAN, "std": STD, "optimizer": optimizer}
@@ -166,16 +172,8 @@ def test_a_probe_equals_a_plain_loop_on_the_same_crops(
 
 
 def test_the_encoders_precision_moves_the_heads_by_rounding(
-    beton: Beton, monkeypatch: pytest.MonkeyPatch
+    beton: Beton, stacks: list[Heads]
 ) -> None:
-    made: list[Heads] = []
-
-    class Recorded(Heads):
-        def __init__(self, *args: Any, **given: Any) -> None:
-            super().__init__(*args, **given)
-            made.append(self)
-
-    monkeypatch.setattr("fastproj.evaluation.crops.Heads", Recorded)
     encoder = Encoder()
     val = val_features(beton, encoder)
     for precision in (torch.float32, torch.bfloat16):
@@ -184,7 +182,7 @@ def test_the_encoders_precision_moves_the_heads_by_rounding(
             precision=precision,
         )  # fmt: skip
     assert result.protocol["encoder"] == "frozen, eval mode, bfloat16 in training"
-    whole, rounded = (heads.weights for heads in made)
+    whole, rounded = (heads.weights for heads in stacks)
     assert 1e-5 < (rounded - whole).norm() / whole.norm() < 0.02  # bfloat16 rounds by up to 0.4 %
 
 
