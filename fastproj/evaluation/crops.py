@@ -22,6 +22,7 @@ from fastproj.core.errors import InputError
 from fastproj.core.progress import Progress
 from fastproj.evaluation.features import Features, features
 from fastproj.evaluation.fold import folded
+from fastproj.evaluation.fuse import fused
 from fastproj.evaluation.heads import Heads, multistep, warmed_up, with_ones
 from fastproj.evaluation.probes.common import ProbeResult, check, ranks
 from fastproj.loaders import Loader
@@ -68,7 +69,8 @@ def crops_probe(
         precision: of the encoder's autocast. Heads are in float32.
         seed: of the flips and of the heads' first weights; crops and order are the loader's.
 
-    A copy of the encoder runs, in eval mode, batch norm folded (``folded``). Features are not
+    A copy of the encoder runs, in eval mode, batch norm folded (``folded``); in bfloat16 on a CPU,
+    sums and ReLUs are part of the convolutions before them (``fused``). Features are not
     standardized. ``protocol["chosen"]["not_finite"]`` lists learning rates whose heads diverged.
 
     Raises ``InputError`` as ``linear_probe`` does, for a loader with another number of crops per
@@ -85,6 +87,9 @@ def crops_probe(
     scale = train.order.batch_size / 256
     rates = [rate * scale for rate in learning_rates]
     total, device = epochs * len(train), train.device
+    if device.type == "cpu" and precision == torch.bfloat16:
+        side = train.crops[0].size
+        encoder = fused(encoder, torch.zeros(train.order.batch_size, 3, side, side))
     heads: Heads | None = None
     with torch.no_grad(), Progress(total, "probe", "steps") as bar:
         for epoch in range(epochs):
