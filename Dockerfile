@@ -9,6 +9,7 @@ WORKDIR /fastproj
 COPY setup.sh setup.py pyproject.toml constraints.txt LICENSE ./
 COPY fastproj/__init__.py fastproj/
 COPY fastproj/augment/augment.c fastproj/augment/
+COPY fastproj/evaluation/probes/nearest.c fastproj/evaluation/probes/
 COPY fastproj/loaders/fill.c fastproj/loaders/
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates \
     && touch README.md && mkdir rcfg \

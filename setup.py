@@ -70,7 +70,11 @@ class BuildNative(build_ext):
 # this kind: the faster instructions are chosen when it runs. Windows lacks mmap's advice.
 native = Extension(
     "fastproj._native",
-    ["fastproj/loaders/fill.c", "fastproj/augment/augment.c"],
+    [
+        "fastproj/augment/augment.c",
+        "fastproj/evaluation/probes/nearest.c",
+        "fastproj/loaders/fill.c",
+    ],
     extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
     libraries=["m"],
     py_limited_api=True,

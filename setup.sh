@@ -67,7 +67,7 @@ install_packages() {
 state() {
     {
         cat pyproject.toml setup.py constraints.txt setup.sh
-        cat fastproj/loaders/fill.c fastproj/augment/augment.c
+        cat fastproj/loaders/fill.c fastproj/augment/augment.c fastproj/evaluation/probes/nearest.c
         ls fastproj/_native.*
         missing_for_ffcv   # installed by hand in the meantime: FFCV is tried again
         .venv/bin/python -c 'import sys; print(sys.version, sys.prefix)'

@@ -1,4 +1,4 @@
-"""The compiled parts, ``loaders/fill.c`` and ``augment/augment.c``, in one library."""
+"""The compiled parts, in one library: ``fill.c``, ``augment.c`` and the probes' ``nearest.c``."""
 
 import ctypes
 from functools import cache
@@ -11,7 +11,9 @@ from fastproj.core.errors import InputError
 
 FOLDER = Path(__file__).parents[1]  # the build puts the library there
 MESSAGE_BYTES = 200  # jpeglib.h's JMSG_LENGTH_MAX
-PARTS = ("fill", "has_jpeg", "prefetch", "read_at_random", "catch_bus_errors", "augment")
+PARTS = (
+    *("fill", "has_jpeg", "prefetch", "read_at_random", "catch_bus_errors"), "augment", "nearest"
+)  # fmt: skip
 
 
 @cache

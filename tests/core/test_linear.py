@@ -34,6 +34,15 @@ def test_no_rows_give_no_rows() -> None:
     assert linear(rows(0, 8, 0), rows(3, 8, 0)).shape == (0, 3)
 
 
+def test_a_product_of_bfloat16_is_rounded_once() -> None:
+    a, b = rows(70, 512, 6).bfloat16(), rows(300, 512, 7).bfloat16()
+    expected = a.double() @ b.double().T
+    for weight in (b, pack(b)):
+        found = linear(a, weight)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_a_packed_matrix_gives_the_same_product(kind: torch.dtype) -> None:
     a, b = rows(160, 512, 4).to(kind), rows(300, 512, 5).to(kind)

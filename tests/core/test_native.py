@@ -11,6 +11,7 @@ import torch
 from fastproj.augment import native as augment
 from fastproj.core import native
 from fastproj.core.errors import InputError
+from fastproj.evaluation.probes import nearest
 from fastproj.loaders import fill
 from fastproj.prepare.encode import Store
 from tests.support.betons import digit_like, write
@@ -42,8 +43,9 @@ def test_a_library_from_before_a_part_was_written_says_how_to_build_it(
     [
         ("fill", fill, {"Batch": native.Batch, "CropSpec": native.CropSpec}),
         ("augment", augment, {"Batch": augment._Batch}),
+        ("nearest", nearest, {"Search": nearest._Search}),
     ],
-    ids=["fill", "augment"],
+    ids=["fill", "augment", "nearest"],
 )
 def test_the_structs_are_the_same_in_c(
     part: str, room, structs: dict[str, type], tmp_path: Path
@@ -75,9 +77,12 @@ def test_without_libjpeg_raw_stores_work_and_jpeg_stores_say_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(fill.__file__).with_suffix(".c")
-    both = [source, Path(augment.__file__).with_name("augment.c")]
+    others = [
+        Path(augment.__file__).with_name("augment.c"),
+        Path(nearest.__file__).with_suffix(".c"),
+    ]
     plain = tmp_path / "_native.so"
-    build = ["gcc", "-shared", "-fPIC", "-DWITHOUT_JPEG", *both, "-o", plain, "-lm"]
+    build = ["gcc", "-shared", "-fPIC", "-DWITHOUT_JPEG", source, *others, "-o", plain, "-lm"]
     subprocess.run(build, check=True)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     built = native.library.__wrapped__()

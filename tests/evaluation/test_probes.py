@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastproj.core.errors import InputError
 from fastproj.evaluation import PROBES
 from fastproj.evaluation.features import Features
-from fastproj.evaluation.probes import neighbors
+from fastproj.evaluation.probes import nearest
 from fastproj.evaluation.probes.common import ROWS, edges, ranks, score, stratified_split
 from fastproj.evaluation.probes.neighbors import knn
 from fastproj.evaluation.probes.sgd import fit, linear_probe
@@ -205,7 +205,7 @@ def test_stratified_split_holds_out_its_share_of_each_class():
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (20, 0.07), (200, 0.5)])
 def test_knn_equals_scikit_learn(digits, k, temperature, monkeypatch):
     train, val = digits
-    monkeypatch.setattr(neighbors, "SIMILARITIES", 50_000)  # many chunks, the last one partial
+    monkeypatch.setattr(nearest, "SIMILARITIES", 50_000)  # many chunks, the last one partial
     unit = [nn.functional.normalize(f.features.double(), dim=1).numpy() for f in (train, val)]
     oracle = KNeighborsClassifier(
         n_neighbors=k,
@@ -233,16 +233,6 @@ def test_knn_ties_go_to_the_first_image_and_the_lower_class():
     assert result.metrics["top1"] == 1.0
     stranger = Features(axes[[0]], torch.tensor([0]))
     assert knn(bank, stranger, 3, k=2, temperature=0.07).metrics["top5"] == 0.0  # no vote, no hit
-
-
-@pytest.mark.parametrize("levels", [3, 40, 10**6])  # few levels: equals in every row
-@pytest.mark.parametrize("k", [1, 5, 40, 96, 97])
-def test_knn_takes_the_nearest_and_of_equals_the_first(k, levels):
-    similarity = torch.randint(levels, (50, 97), generator=torch.Generator().manual_seed(k)).float()
-    values, columns = neighbors._nearest(similarity.clone(), k)
-    expected = np.argsort(-similarity.numpy(), axis=1, kind="stable")[:, :k]
-    assert np.array_equal(columns.numpy(), expected)
-    assert torch.equal(similarity.gather(1, columns), values)
 
 
 def test_knn_small_temperatures_do_not_overflow(digits):

@@ -24,7 +24,9 @@ from fastproj.core import native
 
 ROOT = Path(__file__).parents[2]
 NAME = "native_code"
-FAULT = "fuzzed: the C code under AddressSanitizer and UBSan: damaged JPEGs, lying rows, odd sizes"
+FAULT = (
+    "fuzzed: the C code under AddressSanitizer and UBSan: damaged JPEGs, lying rows, odd sizes, NaN"
+)
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-fopenmp-simd"]
 OPTIONS = "detect_leaks=0:allocator_may_return_null=1"  # Python itself leaks at its end
 Picture = tuple[bytes, int, int]  # a JPEG, its width and height
@@ -34,7 +36,8 @@ TABLE = 24  # bytes of a sample's entry in the table that follows the images
 def build(folder: Path) -> Path:
     """The library with both sanitizers, compiled in ``folder``."""
     library = folder / "_native.so"
-    sources = [ROOT / "fastproj/loaders/fill.c", ROOT / "fastproj/augment/augment.c"]
+    parts = "loaders/fill.c", "augment/augment.c", "evaluation/probes/nearest.c"
+    sources = [ROOT / "fastproj" / part for part in parts]
     subprocess.run(
         ["gcc", *FLAGS, "-shared", "-fPIC", *sources, "-ljpeg", "-lm", "-o", library], check=True
     )
@@ -148,6 +151,36 @@ def _augment(library: ctypes.CDLL, take: random.Random) -> None:
     assert library.fastproj_augment(ctypes.byref(batch)) == 0
 
 
+class _Search(ctypes.Structure):  # nearest.c's
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rough", "exact", "query", "bank")),
+        *((name, ctypes.c_int64) for name in ("queries", "rows", "width", "some", "k")),
+        *((name, ctypes.c_void_p) for name in ("near", "row", "others")),
+        ("next", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def _nearest(library: ctypes.CDLL, take: random.Random) -> None:
+    """Similarities of any bits, NaN among them, and numbers of rows around those of a block."""
+    queries, rows, width = 2, take.choice([1, 31, 32, 33, 70, 500]), take.randint(1, 40)
+    some = take.randint(1, rows)
+    k = take.randint(1, some)
+    rng = np.random.default_rng(take.randrange(2**32))
+    rough = rng.integers(0, 2 ** take.choice([2, 16]), (queries, rows), np.uint16)
+    exact = rng.integers(0, 2 ** take.choice([2, 32]), (queries, rows), np.uint32)
+    arrays = [
+        rng.standard_normal((queries, width)).astype(np.float32),
+        rng.standard_normal((rows, width)).astype(np.float32),
+        np.empty((queries, k), np.float32), np.empty((queries, k), np.int64),
+        np.empty(queries, np.float32),
+    ]  # fmt: skip
+    at = [array.ctypes.data for array in arrays]
+    given = (rough.ctypes.data, None) if take.randrange(2) else (None, exact.ctypes.data)
+    search = _Search(*given, *at[:2], queries, rows, width, some, k, *at[2:], 0)
+    assert library.fastproj_nearest(ctypes.byref(search)) == 0
+    assert all(len({*found}) == k and 0 <= min(found) <= max(found) < rows for found in arrays[3])
+
+
 def watched(path: str, first: int, cases: int) -> None:
     """What runs under the sanitizers: a line on stdout after every case."""
     library = ctypes.CDLL(path)
@@ -155,10 +188,11 @@ def watched(path: str, first: int, cases: int) -> None:
     pictures = _pictures(np.random.default_rng(0))
     for seed in range(first, first + cases):
         take = random.Random(seed)
-        if take.randrange(4):
+        part = take.randrange(8)
+        if part < 6:
             _decode(library, take, pictures)
         else:
-            _augment(library, take)
+            (_augment if part == 6 else _nearest)(library, take)
         os.write(1, b".")
 
 
