@@ -55,7 +55,7 @@ class Bank:
         near = queries.new_empty(len(queries), k)
         rows = torch.empty(near.shape, dtype=torch.int64, device=self.device)
         left = torch.arange(len(queries), device=self.device)
-        some = 2 * k + 64
+        some = k + max(36, k // 2)
         if self.rounded is not None and some < len(self.rows):
             others = queries.new_empty(len(queries))
             for part in left.split(max(QUERIES, 4 * SIMILARITIES // len(self.rows))):
