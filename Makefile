@@ -17,7 +17,7 @@ demo:
 
 test:
 	./setup.sh dali dev
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak:
 	./setup.sh dali dev

@@ -24,7 +24,7 @@ class Engine:
 
     ``prepare()`` imports and builds everything needed and returns the function to time. One call of
     that function does ``work`` units. ``prepare`` raises ImportError if the engine is not
-    installed.
+    installed. ``warm``: each call warms up by itself and returns the seconds of what came after.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Engine:
     work: int
     prepare: Callable[[], Callable[[], object]]
     note: str = ""
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compare(
         except ImportError as error:
             missing[engine.name] = " ".join(str(error).split())
             continue
-        for _ in range(warmup):
+        for _ in range(0 if engine.warm else warmup):
             calls[engine.name]()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):

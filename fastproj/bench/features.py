@@ -43,9 +43,9 @@ def run(
         Engine("ours", "ours", len(beton), partial(_ours, plan, beton, module, size),
                f"batch norm folded, {CACHED_IMAGES} images at once on a CPU"),
         Engine("our batches, the encoder eager", "peer", len(beton),
-               lambda: lambda: alone(eager, size=size, **given)),
+               lambda: lambda: alone(eager, size=size, **given), warm=True),
         Engine("torch DataLoader + torchvision, eager", "peer", len(beton),
-               lambda: lambda: alone(plain, **given)),
+               lambda: lambda: alone(plain, **given), warm=True),
         Engine("our encoder alone", "limit", len(beton),
                partial(encoding, plan, module, size, len(beton))),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import mmap
 import platform
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,9 +88,11 @@ def engine(name: str, calls: list[str], role: Any = "ours", work: int = 1) -> En
 
 def test_engines_take_turns_after_their_warm_up() -> None:
     calls: list[str] = []
-    rows = compare("s", "c", "u", [engine("a", calls), engine("b", calls)], 2, 3)
-    assert calls == ["prepare a", "a", "a", "prepare b", "b", "b", *["a", "b"] * 3]
-    assert list(measured(rows, 3)) == ["a", "b"]
+    warm = replace(engine("c", calls), warm=True)
+    rows = compare("s", "c", "u", [engine("a", calls), engine("b", calls), warm], 2, 3)
+    prepared = ["prepare a", "a", "a", "prepare b", "b", "b", "prepare c"]
+    assert calls == [*prepared, *["a", "b", "c"] * 3]
+    assert list(measured(rows, 3)) == ["a", "b", "c"]
     assert {(row.stage, row.case, row.unit) for row in rows} == {("s", "c", "u")}
 
 
