@@ -79,18 +79,20 @@ def _ours(
     loader = open_loader(beton, [Crop(size)], batch, device=plan.device, workers=plan.workers)
     classes = len(beton.classes)
     val = Features(torch.zeros(classes, num_features(encoder)), torch.arange(classes))
-    begun: list[float] = []  # each epoch's start
+    begun = 0.0  # the second epoch
     seek = loader.seek
 
     def noted(epoch: int, step: int) -> None:
-        begun.append(time.perf_counter())
+        nonlocal begun
+        if (epoch, step) == (1, 0):
+            begun = time.perf_counter()
         seek(epoch, step)
 
     def call() -> float:
         crops_probe(
             encoder, loader, val, classes, learning_rates=rates, epochs=2, precision=precision
         )
-        return time.perf_counter() - begun[-1]
+        return time.perf_counter() - begun
 
     loader.seek = noted  # type: ignore[method-assign]
     return call
