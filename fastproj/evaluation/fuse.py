@@ -26,7 +26,8 @@ class Convolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
         super().__init__()
-        self.settings = [*conv.padding], [*conv.stride], [*conv.dilation], conv.groups
+        padding = (0, 0) if conv.padding == "valid" else conv.padding
+        self.settings = [*padding], [*conv.stride], [*conv.dilation], conv.groups
         self.bias = None if conv.bias is None else conv.bias.detach().bfloat16()
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             conv.weight.detach().bfloat16(), *self.settings, [*shape]
@@ -57,8 +58,8 @@ def fused(module: nn.Module, images: Tensor) -> nn.Module:
         return module
     try:
         traced = fx.symbolic_trace(module)
-        with torch.no_grad():
-            ShapeProp(traced).propagate(images[:1])
+        with torch.no_grad():  # two, so that what is added to every image has another shape
+            ShapeProp(traced).propagate(images[:1].expand(2, -1, -1, -1))
     except Exception:  # data-dependent control flow, and whatever a forward pass does with a proxy
         return module
     graph, parts = traced.graph, dict(traced.named_modules())
@@ -81,7 +82,8 @@ def fused(module: nn.Module, images: Tensor) -> nn.Module:
 def _take_sum(node: fx.Node, parts: Mapping[str, nn.Module]) -> None:
     """Let a convolution do the sum ``node`` of its output and another tensor of that shape.
 
-    The other is overwritten if it is a convolution's output too, and nothing reads it afterwards.
+    The other is overwritten if it is a convolution's output too, which nothing but convolutions
+    reads, and none of them afterwards.
     """
     if node.target not in SUMS or len(node.args) != 2 or node.kwargs:
         return
@@ -89,7 +91,9 @@ def _take_sum(node: fx.Node, parts: Mapping[str, nn.Module]) -> None:
         if not _convolved(conv, parts) or len(conv.users) != 1 or conv.kwargs:
             continue
         if isinstance(other, fx.Node) and _shape(conv) == _shape(other):
-            read = any(node < user for user in other.users) or other in conv.args
+            read = other in conv.args or any(
+                node < user or not (user is node or _convolved(user, parts)) for user in other.users
+            )
             with node.graph.inserting_before(node):
                 found = node.graph.call_module(str(conv.target), conv.args)
             found.kwargs = {"added": other, "in_place": _convolved(other, parts) and not read}

@@ -69,8 +69,10 @@ class Joined(nn.Module):
         super().__init__()
         self.kind = kind
         self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
-        self.same, self.pooled = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.same = nn.Conv2d(8, 8, 3, padding=1)
+        self.pooled = nn.Conv2d(3, 8, 1, padding="valid")
         self.grouped = nn.Conv2d(8, 8, 3, padding="same", groups=4)
+        self.dropout, self.place = nn.Dropout(0.5), nn.Parameter(torch.randn(1, 8, 9, 9))
         self.mirrored = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +83,11 @@ class Joined(nn.Module):
             return (torch.relu(a + b) + a * b).mean((2, 3))
         if self.kind == "later":  # what is added is read again
             return ((self.same(torch.relu(a)) + b) * b).mean((2, 3))
+        if self.kind == "alias":  # in eval mode dropout gives its input itself
+            kept = self.dropout(b)
+            return ((self.same(torch.relu(a)) + b) * kept).mean((2, 3))
+        if self.kind == "every image":  # the same is added to each
+            return (a + self.place).mean((2, 3))
         if self.kind == "before":  # the output of the first is read by the ReLU and by the sum
             return (functional.relu(a) + a).mean((2, 3))
         if self.kind == "input":  # a convolution of what is added to it
@@ -98,23 +105,12 @@ class Joined(nn.Module):
         return a.mean((2, 3)) if x.sum() > 0 else b.mean((2, 3))  # cannot be traced
 
 
-SUMS = {"sum": (1, 1), "later": (1, 0), "input": (1, 0), "shared": (1, 1)}
+SUMS = {"sum": (1, 1), "later": (1, 0), "alias": (1, 0), "input": (1, 0), "shared": (1, 1)}
 """Kind -> how many sums a convolution does, and how many of these in place."""
 KINDS = (
-    *(
-        "sum",
-        "twice",
-        "later",
-        "before",
-        "input",
-        "shapes",
-        "shared",
-        "scaled",
-        "others",
-        "constant",
-    ),
-    "branching",
-)
+    "sum", "twice", "later", "alias", "every image", "before", "input", "shapes", "shared",
+    "scaled", "others", "constant", "branching",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -116,7 +116,7 @@ static int by_distance(const void *a, const void *b) {
     return farther(*(const Found *)a, *(const Found *)b) ? 1 : -1;
 }
 
-/* The same order of sums on every processor. */
+/* Sums in the same order on every processor, some of which round a product and its sum at once. */
 INLINE float product(const float *restrict a, const float *restrict b, int64_t width) {
     Vector sums = {0};
     float rest = 0;
@@ -132,13 +132,13 @@ static void nearest(const Search *s, int64_t query, Found *found, float *maxima)
     int64_t count = s->rough ? s->some : s->k;
     search(s, query, count, found, maxima);
     if (s->rough) {
-        float most = found[0].value;
+        float least = found[0].value;
         for (int64_t i = 0; i < count; i++) {
             const float *one = s->query + query * s->width;
-            most = found[i].value < most ? found[i].value : most;
+            least = found[i].value < least ? found[i].value : least;
             found[i].value = product(one, s->bank + found[i].row * s->width, s->width);
         }
-        s->others[query] = most;
+        s->others[query] = least;
         keep(found, count, s->k);
     }
     qsort(found, (size_t)s->k, sizeof *found, by_distance);
