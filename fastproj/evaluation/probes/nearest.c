@@ -106,7 +106,7 @@ INLINE void search(
         int64_t end = block < whole ? (block + 1) * BLOCK : rows;
         for (int64_t i = block * BLOCK; i < end; i++) {
             float value = as_float(bits_at(rough, exact, at + i));
-            if (value >= least) found[some++] = (Found){value, i};
+            if (!(value < least)) found[some++] = (Found){value, i}; /* a NaN too: at least count */
         }
     }
     keep(found, some, count);
